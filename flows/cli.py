@@ -1,0 +1,187 @@
+"""The command `cuvee`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from stages.stage import CuveeError
+
+OVERRIDES = "Hydra overrides, e.g. data.sources=[~/docs] expert.math.sft.lr=1e-3 recipe.experts=[code,math]"
+
+
+def main() -> None:
+    """Entry point: every user's mistake ends as one sentence and a non-zero status."""
+    args = _parser().parse_args()
+    try:
+        sys.exit(args.command(args) or 0)
+    except CuveeError as error:
+        print(f"cuvee: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ncuvee: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("cuvee", description="Raw text to a blended, polished, servable language model.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, function: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=function)
+        return sub
+
+    for name, function, help in (("run", run, "run the recipe: finished artifacts are skipped, the rest is made"),
+                                 ("plan", plan, "the same graph without running: what is done, what will run and why")):
+        sub = command(name, function, help)
+        sub.add_argument("overrides", nargs="*", help=OVERRIDES)
+        sub.add_argument("--until", default="", help="stop at these stages (comma separated), e.g. sft-soup")
+    subs = {
+        "why": command("why", why, "what made an artifact: the tree of its inputs"),
+        "diff": command("diff", diff, "which fields made two artifacts differ"),
+        "verify": command("verify", verify, "re-hash an artifact and all its ancestors"),
+        "chat": command("chat", chat, "talk to a model in the terminal"),
+        "serve": command("serve", serve, "an OpenAI-compatible endpoint on loopback"),
+    }
+    for name, sub in subs.items():
+        sub.add_argument("artifact", help="an alias (polished, sft-soup, ...) or the beginning of an address")
+        if name == "diff":
+            sub.add_argument("other", help="the artifact to compare with")
+        sub.add_argument("overrides", nargs="*", help="overrides that choose the store, e.g. store=s3 store.uri=s3://b/p")
+    sub = subs["chat"]
+    sub.add_argument("--system", default="", help="a system message (preamble)")
+    sub.add_argument("--temperature", type=float, default=0.0)
+    subs["serve"].add_argument("--port", type=int, default=8000)
+    sub = command("up", up, "Prefect server, worker and MLflow on this machine; deployments registered")
+    sub.add_argument("--prefect-port", type=int, default=4200)
+    sub.add_argument("--mlflow-port", type=int, default=5000)
+    return parser
+
+
+def _graph(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
+    from flows import open_store
+    from flows.config import compose
+    from flows.graph import Graph
+
+    graph = Graph(compose(args.overrides))
+    return graph, graph.until([t for t in args.until.split(",") if t]), open_store(graph.conf)
+
+
+def run(args: argparse.Namespace) -> int:
+    from flows.summary import closing
+
+    started = time.monotonic()
+    graph, nodes, store = _graph(args)
+    missing = [node for node in nodes if store.record(node.fingerprint) is None]
+    if missing:
+        print(f"cuvee: {len(missing)} of {len(nodes)} stages to make, {len(nodes) - len(missing)} are made already")
+        _run_flow(args, graph, nodes)
+    else:
+        for node in nodes:
+            store.set_alias(node.name, node.fingerprint)
+        print(f"cuvee: all {len(nodes)} stages are made already; nothing to do")
+    for line in closing(store, graph, nodes, time.monotonic() - started):
+        print(line)
+    return 0
+
+
+def _run_flow(args: argparse.Namespace, graph: Any, nodes: list[Any]) -> None:
+    from flows.services import prefect_api
+
+    with prefect_api():
+        from flows.flow import quiet_console, start
+
+        quiet_console()
+        start(args.overrides, [n.name for n in nodes] if args.until else [])
+
+
+def plan(args: argparse.Namespace) -> int:
+    from flows.plan import table
+
+    graph, nodes, store = _graph(args)
+    for line in table(store, graph, nodes):
+        print(line)
+    return 0
+
+
+def _store(args: argparse.Namespace) -> Any:
+    from flows import open_store
+    from flows.config import compose
+
+    return open_store(compose(args.overrides))
+
+
+def why(args: argparse.Namespace) -> int:
+    from flows.lineage import find, why
+
+    store = _store(args)
+    for line in why(store, find(store, args.artifact)):
+        print(line)
+    return 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    from flows.lineage import diff, find
+
+    store = _store(args)
+    for line in diff(store, find(store, args.artifact), find(store, args.other)):
+        print(line)
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from flows.lineage import find, verify
+    from flows.step import ancestors
+
+    store = _store(args)
+    record = find(store, args.artifact)
+    defects = list(verify(store, record))
+    for line in defects:
+        print(line)
+    made = ancestors(store, [record])
+    files = sum(len(r["files"]) for r in made.values())
+    print(f"{record['name']} {record['fingerprint'][:12]}: {len(made)} artifacts, {files} files, "
+          + (f"{len(defects)} defects; delete the damaged artifacts' folders under {store.uri} and run again to "
+             "remake them" if defects else "all intact"))
+    return 1 if defects else 0
+
+
+def _model_folder(args: argparse.Namespace) -> Any:
+    from flows.lineage import find
+
+    store = _store(args)
+    record = find(store, args.artifact)
+    if record["kind"] not in ("checkpoint", "export"):
+        models = [n for n, fp in store.aliases().items()
+                  if (store.record(fp) or {}).get("kind") in ("checkpoint", "export")]
+        raise CuveeError(f"{args.artifact!r} is a {record['kind']}, not a model; models: {', '.join(models)}")
+    return store.fetch(record["fingerprint"])
+
+
+def chat(args: argparse.Namespace) -> int:
+    folder = _model_folder(args)
+    from flows.chat import chat
+
+    return chat(folder, system=args.system, temperature=args.temperature) or 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    folder = _model_folder(args)
+    from flows.serve import serve
+
+    return serve(folder, name=args.artifact, port=args.port) or 0
+
+
+def up(args: argparse.Namespace) -> int:
+    from flows.up import up
+
+    return up(args.prefect_port, args.mlflow_port)
+
+
+if __name__ == "__main__":
+    main()

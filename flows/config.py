@@ -1,0 +1,96 @@
+"""Compose a recipe's configuration with Hydra: once, in the parent; stages get resolved JSON.
+
+Every stage's `Config` is a choice of the Hydra group `stage`, every file of conf/expert an entry of `expert`, so that
+a new file is known by being there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stages.stage import ROOT, ConfigError, load, unknown
+
+CONF = ROOT.parent / "conf"
+
+
+def stage_names() -> list[str]:
+    """Every stage: a file stages/<area>/<name>.py that defines OUTPUT (read as text: importing some needs torch)."""
+    return [f"{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("*/*.py"))
+            if re.search(r"^OUTPUT\b", path.read_text(), re.MULTILINE)]
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The whole configuration. Raises ConfigError with the nearest valid name for an unknown key or choice, and with
+    the field, the value and the type for a wrong value."""
+    store = ConfigStore.instance()
+    for name in stage_names():
+        store.store(group="stage", name=name, node=load(name).Config)
+    store.store(name="cuvee", node=_primary())
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            conf = hydra_compose("cuvee", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_sentence(error, overrides)) from None
+    for expert in conf.recipe.experts:
+        if expert not in conf.expert:
+            raise ConfigError(f"recipe.experts: {unknown(expert, list(conf.expert))}")
+    if not conf.recipe.experts:
+        raise ConfigError("recipe.experts is empty; name at least one of " + ", ".join(conf.expert))
+    return conf
+
+
+def _primary() -> dict:
+    """conf/config.yaml with every expert's file added to its defaults, where the word `experts` stands."""
+    primary = yaml.safe_load((CONF / "config.yaml").read_text())
+    experts = [{f"expert@expert.{p.stem}": p.stem} for p in sorted((CONF / "expert").glob("[!_]*.yaml"))]
+    at = primary["defaults"].index("experts")
+    primary["defaults"][at : at + 1] = experts
+    return primary
+
+
+def _sentence(error: Exception, overrides: list[str]) -> str:
+    """What is wrong with which override, and the nearest valid name."""
+    reason = str(error.__cause__ or error).splitlines()[0]
+    for override in overrides:
+        key, eq, value = override.lstrip("+~").partition("=")
+        if not eq:
+            return f"override {override!r} has no value; write it as key=value, e.g. expert.math.sft.lr=1e-3"
+        group = CONF / key.split("@")[0]
+        if group.is_dir() and (group / f"{value}.yaml").exists() is False:
+            choices = sorted(p.stem for p in group.glob("[!_]*.yaml"))
+            return f"{key}: {unknown(value, choices)}"
+        if str(error).splitlines()[0].find(override) >= 0 or key in str(error) or key.split(".")[-1] in reason:
+            problem = _unknown_key(key)
+            return problem or f"{key}={value}: {reason}"
+    return reason
+
+
+def _unknown_key(key: str) -> str | None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = hydra_compose("cuvee")
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, DictConfig):
+            return f"{key}: {'.'.join(parts[:depth])} is a value, it has no fields"
+        if part not in node:
+            return f"{key}: {unknown(part, list(node))}"
+        node = OmegaConf.select(node, part)
+    return None
+
+
+def state_dir() -> Path:
+    """Where runs leave their state: `.cuvee/` below the working directory, or $CUVEE_STATE."""
+    import os
+
+    return Path(os.environ.get("CUVEE_STATE", ".cuvee")).absolute()

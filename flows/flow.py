@@ -1,0 +1,151 @@
+"""The Prefect flow: one task a stage, submitted in the recipe's order, each waiting for its inputs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from flows import open_store
+from flows.config import compose, state_dir
+from flows.graph import Graph, Node
+from flows.launchers.local import Launcher
+from flows.step import Cancelled, Maker
+from flows.tracking import Tracker
+from stages.stage import CuveeError
+
+
+@flow(name="cuvee", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=256))
+def cuvee(overrides: list[str] = [], until: list[str] = []) -> None:  # noqa: B006 (the UI's form shows the defaults)
+    """Run a recipe: finished artifacts are skipped, the rest is made.
+
+    Args:
+        overrides: Hydra overrides, e.g. "recipe.experts=[code,math]", "expert.math.sft.lr=1e-3".
+        until: names of stages to stop at (with all that they need); empty runs the whole recipe.
+    """
+    conf = compose(overrides)
+    graph = Graph(conf)
+    run_graph(graph, graph.until(until), show=print if os.environ.get("CUVEE_TERMINAL") else None)
+
+
+def run_graph(graph: Graph, nodes: list[Node], show: Callable[[str], None] | None) -> None:
+    """Make every node. Raises CuveeError naming the first stage that failed, after its siblings have ended."""
+    conf = graph.conf
+    logger = get_run_logger()
+    launcher, store = Launcher(), open_store(conf)
+    launcher.warm()
+    tracker = Tracker(conf, [n.name for n in nodes])
+    maker = Maker(store, launcher, tracker, state_dir() / "work", conf.cluster.cores, conf.cluster.device)
+    width = {node.depth: sum(n.depth == node.depth for n in nodes) for node in nodes}
+    progress = Progress(len(nodes), show or logger.info)
+
+    def make(name: str) -> None:
+        node = graph.nodes[name]
+        log = get_run_logger()
+        # A stage that has siblings gets one core, so that they run side by side; a stage alone gets them all.
+        threads = 1 if width[node.depth] > 1 else conf.cluster.cores
+        done_before = store.record(node.fingerprint) is not None
+
+        def on_line(line: str) -> None:
+            log.info(line)
+            progress.line(name, line)
+
+        if not done_before:
+            progress.start(name)
+        record = maker.make(node, threads, on_line)
+        progress.done(name, record, skipped=done_before)
+
+    futures = {}
+    previous = _on_interrupt(maker)
+    try:
+        for node in nodes:
+            run = task(make, name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, retries=0)
+            futures[node.name] = run.submit(node.name, wait_for=[futures[p.name] for p in node.parents])
+        failures = []
+        for _name, future in futures.items():
+            future.wait()
+            if future.state.is_failed() or future.state.is_crashed():
+                failures.append(future.state.result(raise_on_failure=False))
+        errors = [f for f in failures if isinstance(f, Exception)]
+        if failures or any(not f.state.is_completed() for f in futures.values()):
+            raise _first(errors)
+    except BaseException:
+        maker.cancel()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        tracker.close()
+        launcher.close()
+
+
+def _first(errors: list[Exception]) -> Exception:
+    """The error that explains the others: a cancellation or a missing input only follows from it."""
+    for error in sorted(errors, key=lambda e: (isinstance(e, Cancelled), not isinstance(e, CuveeError))):
+        return error
+    return CuveeError("the run did not complete; its stages were never started")
+
+
+def _on_interrupt(maker: Maker) -> Any:
+    """Ctrl-C ends the running stages first; a second one ends this process at once."""
+
+    def handler(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        maker.cancel()
+
+    try:
+        return signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        return signal.SIG_DFL
+
+
+class Progress:
+    """One line when a stage starts and ends, and its own progress now and then."""
+
+    EVERY = 10.0  # seconds between two progress lines of one stage
+
+    def __init__(self, total: int, show: Callable[[str], None]):
+        self.total, self.show, self.finished, self.skipped = total, show, 0, 0
+        self.last: dict[str, float] = {}
+
+    def start(self, name: str) -> None:
+        self.last[name] = time.monotonic()
+
+    def line(self, name: str, line: str) -> None:
+        if line.startswith("step ") and time.monotonic() - self.last.get(name, 0) > self.EVERY:
+            self.last[name] = time.monotonic()
+            self.show(f"          {name:<22} {line}")
+
+    def done(self, name: str, record: dict[str, Any], skipped: bool) -> None:
+        self.finished += 1
+        self.skipped += skipped
+        if skipped:
+            return
+        metrics = "  ".join(f"{k} {v:.4g}" for k, v in list(record["metrics"].items())[:4])
+        self.show(f"[{self.finished:>3}/{self.total}] {name:<22} {record['seconds']:6.1f} s   {metrics}")
+
+
+def quiet_console() -> None:
+    """On a terminal the progress lines are enough; Prefect's own log lines go to its API only."""
+    import logging
+
+    os.environ["CUVEE_TERMINAL"] = "1"
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        log = logging.getLogger(name)
+        log.handlers = [h for h in log.handlers if type(h).__name__ != "PrefectConsoleHandler"]
+
+
+def start(overrides: list[str], until: list[str]) -> None:
+    """Run the flow in this process. Raises what the flow raised, KeyboardInterrupt after Ctrl-C."""
+    from prefect.logging.handlers import APILogHandler
+
+    try:
+        cuvee(overrides=overrides, until=until)
+    except Cancelled:
+        raise KeyboardInterrupt from None
+    finally:
+        APILogHandler.flush()  # before a private server ends

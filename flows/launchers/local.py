@@ -1,0 +1,94 @@
+"""Run stages on this machine, as forks of one warm worker process (see stages/worker.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.worker import end_tree
+
+
+class Job:
+    """One attempt at a stage. `wait` returns its exit status; negative means the signal that ended it."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        self.started, self.ended = threading.Event(), threading.Event()
+        self.pid: int | None = None
+        self.status: int | None = None
+
+    def wait(self, on_line: Callable[[str], None]) -> int:
+        """Pass every line of the log on as it is written, until the stage ends."""
+        self.log.touch()
+        with open(self.log, errors="replace") as file:
+            last = False
+            pending = ""
+            while True:
+                pending += file.read()
+                *lines, pending = pending.split("\n")
+                for line in lines:
+                    on_line(line)
+                if last:
+                    return self.status
+                last = self.ended.wait(0.1)
+
+    def cancel(self) -> None:
+        """End the stage and everything that it started."""
+        if self.started.wait(5) and not self.ended.is_set():
+            end_tree(self.pid)
+
+
+class Launcher:
+    """Starts the worker on the first job; `close` ends it and all that runs in it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Job] = {}
+        self._worker: subprocess.Popen | None = None
+
+    def warm(self) -> None:
+        """Start importing now, so that the first stage need not wait for it."""
+        with self._lock:
+            if self._worker is None or self._worker.poll() is not None:
+                self._worker = subprocess.Popen([sys.executable, "-m", "stages.worker"], stdin=subprocess.PIPE,
+                                                stdout=subprocess.PIPE, text=True, bufsize=1)
+                threading.Thread(target=self._listen, args=(self._worker,), daemon=True).start()
+
+    def launch(self, spec: Path, log: Path, threads: int) -> Job:
+        self.warm()
+        name, job = uuid.uuid4().hex, Job(log)
+        request = {"job": name, "spec": str(spec), "log": str(log), "threads": threads}
+        with self._lock:
+            self._jobs[name] = job
+            self._worker.stdin.write(json.dumps(request) + "\n")
+        return job
+
+    def _listen(self, worker: subprocess.Popen) -> None:
+        for line in worker.stdout:
+            answer = json.loads(line)
+            job = self._jobs.get(answer.get("job", ""))
+            if job and "pid" in answer:
+                job.pid = answer["pid"]
+                job.started.set()
+            elif job:
+                job.status = answer["status"]
+                job.ended.set()
+        for job in self._jobs.values():  # the worker died, and its children with it
+            if not job.ended.is_set():
+                job.status = -9
+                job.started.set()
+                job.ended.set()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._worker and self._worker.poll() is None:
+                self._worker.stdin.close()
+                try:
+                    self._worker.wait(15)
+                except subprocess.TimeoutExpired:
+                    end_tree(self._worker.pid)

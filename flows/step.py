@@ -1,0 +1,204 @@
+"""Make one artifact: published already -> return it; otherwise lease, launch, stream, publish, release.
+
+The store's record decides what is done; Prefect (flows/flow.py) only schedules and shows, MLflow only explains.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flows.graph import Node
+from stages.run import AGAIN, OK, REFUSED
+from stages.stage import ROOT, CuveeError
+from stages.store import record as records
+
+ATTEMPTS = 3
+LOG_TAIL = 12
+
+
+class Cancelled(CuveeError):
+    """The run was interrupted; nothing half made was published."""
+
+
+class Maker:
+    """Makes artifacts with one store, one launcher and one tracker, using at most `cores` CPU cores at a time."""
+
+    def __init__(self, store: Any, launcher: Any, tracker: Any, work: Path, cores: int, device: str = "cpu"):
+        self.store, self.launcher, self.tracker = store, launcher, tracker
+        self.work, self.cores, self.device = work, cores, device
+        self._free = cores
+        self._turn = threading.Condition()
+        self._jobs: set[Any] = set()
+        self._cancelled = threading.Event()
+
+    def make(self, node: Node, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
+        """The record of the node's artifact, made now unless it is published. The inputs must be published.
+
+        Raises CuveeError when the stage refuses, keeps dying, or the run is cancelled.
+        """
+        record = self.store.record(node.fingerprint)
+        if record is None:
+            with self.store.lease(node.fingerprint):
+                record = self.store.record(node.fingerprint)  # made by the lease's last holder?
+                if record is None:
+                    with self._cores(threads):
+                        record = self._make(node, threads, log)
+        self.store.set_alias(node.name, node.fingerprint)
+        return record
+
+    def cancel(self) -> None:
+        """End every running stage; nothing more is started."""
+        self._cancelled.set()
+        with self._turn:
+            self._turn.notify_all()
+            jobs = list(self._jobs)
+        enders = [threading.Thread(target=job.cancel) for job in jobs]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join()
+
+    @contextmanager
+    def _cores(self, wanted: int):
+        with self._turn:
+            self._turn.wait_for(lambda: self._free >= wanted or self._cancelled.is_set())
+            self._free -= wanted
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._free += wanted
+                self._turn.notify_all()
+
+    def _make(self, node: Node, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
+        folder = self.work / node.fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        parents = {n.fingerprint: self.store.record(n.fingerprint) for n in node.parents}
+        run = self.tracker.start(node, parents)
+        started = time.time()
+        try:
+            self._write_spec(node, folder, threads, parents)
+            outcome = self._launch(node, folder, threads, log)
+            record = self.store.publish(folder / "out", self._record(node, outcome, parents, started, threads, run))
+        except OSError as error:
+            self.tracker.fail(run)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CuveeError(f"{node.name}: no space left on the disk of {error.filename or self.store.uri}; "
+                             "free some, then run again: finished stages are kept") from None
+        except BaseException:
+            self.tracker.fail(run)
+            raise
+        self.tracker.finish(run, record)
+        for part in ("scratch", "spec.json", "result.json"):  # the log stays
+            path = folder / part
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return record
+
+    def _write_spec(self, node: Node, folder: Path, threads: int, parents: dict[str, Any]) -> None:
+        def place(parent: Node) -> dict[str, Any]:
+            return {"path": str(self.store.fetch(parent.fingerprint)), "record": parents[parent.fingerprint]}
+
+        spec = {
+            "stage": node.stage, "name": node.name, "config": _plain(node.config), "inputs": node.map_inputs(place),
+            "ancestors": {fp: {k: v for k, v in record.items() if k != "files"}
+                          for fp, record in ancestors(self.store, parents.values()).items()},
+            "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
+            "threads": threads, "device": self.device,
+        }
+        (folder / "result.json").unlink(missing_ok=True)
+        records.write_atomic(folder / "spec.json", json.dumps(spec).encode())
+
+    def _launch(self, node: Node, folder: Path, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
+        """Start the stage, again from its last checkpoint when it dies by a signal. Returns its outcome."""
+        for attempt in range(1, ATTEMPTS + 1):
+            if self._cancelled.is_set():
+                raise Cancelled(f"{node.name}: interrupted")
+            (folder / "log.txt").unlink(missing_ok=True)
+            job = self.launcher.launch(folder / "spec.json", folder / "log.txt", threads)
+            with self._turn:
+                self._jobs.add(job)
+            try:
+                status = job.wait(log)
+            finally:
+                with self._turn:
+                    self._jobs.discard(job)
+            if self._cancelled.is_set() and status != OK:
+                raise Cancelled(f"{node.name}: interrupted")
+            if status == OK:
+                return json.loads((folder / "result.json").read_text())
+            if status == REFUSED:
+                error = json.loads((folder / "result.json").read_text())["error"]
+                raise CuveeError(f"{node.name}: {error}")
+            if status > 0 and status != AGAIN:
+                break  # an exception is a defect: the same again would give the same
+            log(f"{node.name}: attempt {attempt} ended with status {status}; starting again from its checkpoint")
+        tail = "\n    ".join((folder / "log.txt").read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        raise CuveeError(f"{node.name}: the stage ended with status {status}; the log is {folder / 'log.txt'} "
+                         f"and its last lines are:\n    {tail}")
+
+    def _record(self, node: Node, outcome: dict, parents: dict, started: float, threads: int, run: Any) -> dict:
+        def link(parent: Node) -> dict[str, str]:
+            return {"fingerprint": parent.fingerprint, "kind": parent.kind.value,
+                    "digest": parents[parent.fingerprint]["digest"]}
+
+        out = self.work / node.fingerprint / "out"
+        return {
+            "schema": records.SCHEMA, "fingerprint": node.fingerprint, "name": node.name, "kind": node.kind.value,
+            "stage": node.stage, "version": node.module.VERSION, "config": node.identity, "external": node.external,
+            "inputs": node.map_inputs(link), "files": records.digest_files(out), "metrics": outcome["metrics"],
+            "series": outcome["series"], "started": _utc(started), "ended": _utc(time.time()),
+            "seconds": round(time.time() - started, 3), "threads": threads, "environment": environment(),
+            "estimate": vars(node.estimate), "mlflow": self.tracker.address(run),
+        }
+
+
+def ancestors(store: Any, found: Any) -> dict[str, dict[str, Any]]:
+    """Fingerprint -> record for the given records and everything that they were made from."""
+    tree: dict[str, dict[str, Any]] = {}
+    pending = list(found)
+    while pending:
+        record = pending.pop()
+        if record["fingerprint"] not in tree:
+            tree[record["fingerprint"]] = record
+            for arg, parent in records.parents(record):
+                above = tree.get(parent["fingerprint"]) or store.record(parent["fingerprint"])
+                if above is None:
+                    raise CuveeError(f"{record['name']}: its input {arg} ({parent['fingerprint']}) is not in the store "
+                                     f"{store.uri}; run the recipe again to remake it")
+                pending.append(above)
+    return tree
+
+
+@cache
+def environment() -> dict[str, str]:
+    """What the bytes may depend on besides recipe and code: interpreter, machine, library versions, code version."""
+    libraries = ("torch", "megatron-core", "transformers", "tokenizers", "numpy")
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+                            capture_output=True, text=True).stdout.strip()
+    return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(),
+            "cuvee": importlib.metadata.version("cuvee"), "commit": commit,
+            **{name: importlib.metadata.version(name) for name in libraries}}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(config)
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

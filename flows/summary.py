@@ -1,0 +1,45 @@
+"""What a run ends with on the terminal: what each stage gained, and where everything is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from flows.config import state_dir
+from flows.services import address
+
+
+def closing(store: Any, graph: Any, nodes: list[Any], seconds: float) -> Iterator[str]:
+    """Lines: the matrix of scores in short, then model, report, Prefect, MLflow and the command to talk to it."""
+    yield from _scores(store, nodes)
+    made = {node.name: node for node in nodes}
+    yield ""
+    if "export" in made:
+        yield f"  model    {store.folder(made['export'].fingerprint)}"
+    if "report" in made:
+        yield f"  report   {store.folder(made['report'].fingerprint) / 'report.html'}"
+    prefect, mlflow = address("prefect"), address("mlflow")
+    hint = "" if prefect and mlflow else "   (start both with `cuvee up`)"
+    yield f"  prefect  {prefect or 'http://127.0.0.1:4200'}/runs{hint}"
+    yield f"  mlflow   {mlflow or 'http://127.0.0.1:5000'}"
+    if "polished" in made:
+        yield "  talk     cuvee chat polished"
+    yield f"  state    {state_dir()}   ({seconds:.0f} s)"
+
+
+def _scores(store: Any, nodes: list[Any]) -> Iterator[str]:
+    rows = {}
+    for node in nodes:
+        if node.kind.value == "scores":
+            scores = json.loads((store.fetch(node.fingerprint) / "scores.json").read_text())
+            rows[node.name.removeprefix("scores-")] = scores["domains"]
+    if not rows:
+        return
+    domains = list(next(iter(rows.values())))
+    short = {"long_context": "long", "multilingual": "multiling"}
+    yield ""
+    yield f"  {'score (%)':<22}" + "".join(f"{short.get(d, d):>11}" for d in domains) + f"{'mean':>9}"
+    for name, row in rows.items():
+        values = [100 * row[d]["mean"] for d in domains]
+        yield f"  {name:<22}" + "".join(f"{v:>11.1f}" for v in values) + f"{sum(values) / len(values):>9.1f}"

@@ -1,0 +1,106 @@
+"""Run one stage from a spec file: `python -m stages.run spec.json`. Knows nothing of Prefect, MLflow or clusters.
+
+The spec: {"stage", "config", "inputs": {arg: {"path", "record"} or {key: {...}}}, "ancestors": {fingerprint: record},
+"out", "scratch", "result", "threads", "device"}. The outcome is written to `result`:
+{"metrics", "series"} or {"error"}; the exit status is one of those below.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from stages.stage import Artifact, Context, CuveeError, Kind, load, parse
+
+OK = 0
+FAILED = 1  # a defect: the log holds the traceback
+REFUSED = 64  # the user can mend it: the result holds the sentence. Never retried
+AGAIN = 75  # checkpointed on request: start me again (EX_TEMPFAIL)
+SERIES_POINTS = 200
+
+
+def main(spec_file: str) -> int:
+    """Run the stage that `spec_file` describes; returns the process's exit status."""
+    spec = json.loads(Path(spec_file).read_text())
+    try:
+        outcome = _run(spec)
+    except CuveeError as error:
+        return _finish(spec, {"error": str(error)}, REFUSED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or spec["out"]
+        return _finish(spec, {"error": f"{where}: no space left on the disk; free some, then run again"}, REFUSED)
+    return _finish(spec, outcome, OK)
+
+
+def _run(spec: dict[str, Any]) -> dict[str, Any]:
+    out, scratch = Path(spec["out"]), Path(spec["scratch"])
+    shutil.rmtree(out, ignore_errors=True)  # what a killed attempt left; training resumes from scratch, not from here
+    out.mkdir(parents=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    ctx = Context(scratch=scratch, threads=spec["threads"], device=spec["device"])
+    module = load(spec["stage"])
+    config = parse(module.Config, spec["config"], spec["name"])
+    inputs = {arg: _artifacts(one, spec["ancestors"]) for arg, one in spec["inputs"].items()}
+    _limit_threads(ctx.threads)
+    metrics = module.run(config, inputs, out, ctx) or {}
+    return {"metrics": {k: v for k, v in metrics.items() if math.isfinite(v)}, "series": series(scratch)}
+
+
+def _artifacts(one: dict[str, Any], ancestors: dict[str, Any]) -> Artifact | dict[str, Artifact]:
+    if "path" not in one:
+        return {key: _artifacts(item, ancestors) for key, item in one.items()}
+    record = one["record"] | {"ancestors": ancestors}
+    return Artifact(Path(one["path"]), Kind(record["kind"]), record["fingerprint"], record)
+
+
+def _limit_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def series(scratch: Path) -> dict[str, list[list[float]]]:
+    """Every metric that the stage logged, as [[step, value], ...], thinned to SERIES_POINTS; a repeated step (after a
+    resume) counts once, as it was last."""
+    points: dict[str, dict[int, float]] = {}
+    path = scratch / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:  # a line that a kill cut off
+            continue
+        for name in point.keys() - {"step", "time"}:
+            if math.isfinite(point[name]):
+                points.setdefault(name, {})[point["step"]] = point[name]
+    thinned = {}
+    for name, values in points.items():
+        ordered = sorted(values.items())
+        stride = max(1, math.ceil(len(ordered) / SERIES_POINTS))
+        thinned[name] = [[step, value] for step, value in ordered[::-1][::stride][::-1]]  # the last point always stays
+    return thinned
+
+
+def _finish(spec: dict[str, Any], outcome: dict[str, Any], status: int) -> int:
+    if "error" in outcome:
+        print(outcome["error"], file=sys.stderr, flush=True)
+    part = Path(spec["result"] + ".part")
+    part.write_text(json.dumps(outcome))
+    part.replace(spec["result"])
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1]))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(FAILED)

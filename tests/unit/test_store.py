@@ -1,0 +1,192 @@
+import json
+import multiprocessing
+import os
+import time
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from flows import lineage
+from stages.stage import CuveeError
+from stages.store import record as records
+from stages.store.lease import Lease
+from stages.store.local import LocalStore
+from stages.store.s3 import S3Store
+
+
+def make(store, folder, name, config, inputs=None, text="weights"):
+    """Publish a small artifact as the maker would; returns its record."""
+    out = folder / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "a.txt").write_text(text)
+    (out / "sub" / "b.bin").write_bytes(b"\x00\x01")
+    links = {arg: {"fingerprint": r["fingerprint"], "kind": r["kind"], "digest": r["digest"]}
+             for arg, r in (inputs or {}).items()}
+    made_by = records.fingerprint("x.y", "1", config, {}, records.input_fingerprints(links))
+    return store.publish(out, {
+        "fingerprint": made_by, "name": name, "kind": "checkpoint", "stage": "x.y", "version": "1", "config": config,
+        "external": {}, "inputs": links, "files": records.digest_files(out), "metrics": {"loss": 1.5},
+        "ended": "2026-01-01T00:00:00.000+00:00", "seconds": 1.0})
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, tmp_path, monkeypatch):
+    if request.param == "local":
+        return LocalStore(tmp_path / "store")
+    for key, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(key, value)
+    endpoint = request.getfixturevalue("s3_endpoint")
+    bucket = f"b{time.time_ns()}"
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=bucket)
+    return S3Store(f"s3://{bucket}/some/prefix", cache=tmp_path / "cache", endpoint=endpoint)
+
+
+def test_publish_then_read_back(store, tmp_path):
+    record = make(store, tmp_path, "base", {"lr": 1e-3})
+    assert store.record(record["fingerprint"]) == record
+    folder = store.fetch(record["fingerprint"])
+    assert (folder / "a.txt").read_text() == "weights" and (folder / "sub" / "b.bin").read_bytes() == b"\x00\x01"
+    assert list(store.fingerprints()) == [record["fingerprint"]]
+    store.set_alias("polished", record["fingerprint"])
+    assert store.aliases() == {"polished": record["fingerprint"]}
+    assert lineage.find(store, "polished") == lineage.find(store, record["fingerprint"][:6]) == record
+
+
+def test_nothing_without_a_record(store):
+    assert store.record("0" * 32) is None
+    with pytest.raises(CuveeError, match="not in the store"):
+        store.fetch("0" * 32)
+
+
+def test_s3_cold_cache_downloads_and_checks(s3_endpoint, tmp_path, monkeypatch):
+    for key, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(key, value)
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client.create_bucket(Bucket="cold")
+    record = make(S3Store("s3://cold/p", tmp_path / "one", s3_endpoint), tmp_path, "base", {})
+    fp = record["fingerprint"]
+    other = S3Store("s3://cold/p", tmp_path / "two", s3_endpoint)
+    assert (other.fetch(fp) / "a.txt").read_text() == "weights"
+    client.put_object(Bucket="cold", Key=f"p/artifacts/{fp}/a.txt", Body=b"weighty")
+    with pytest.raises(CuveeError, match="is not what was published"):
+        S3Store("s3://cold/p", tmp_path / "three", s3_endpoint).fetch(fp)
+    with pytest.raises(CuveeError, match="store.uri=s3://nowhere.*check the bucket"):
+        S3Store("s3://nowhere/p", tmp_path / "four", s3_endpoint)
+
+
+@pytest.fixture
+def family(tmp_path):
+    """parent -> child, in a local store."""
+    store = LocalStore(tmp_path / "store")
+    parent = make(store, tmp_path / "1", "base", {"lr": 1e-3})
+    child = make(store, tmp_path / "2", "sft", {"lr": 1e-4, "nested": {"steps": 5}}, {"init": parent})
+    return store, parent, child
+
+
+def test_verify_finds_one_flipped_byte_in_any_file_of_any_ancestor(family):
+    store, parent, child = family
+    assert list(lineage.verify(store, child)) == []
+    for record in (parent, child):
+        for path in sorted(p for p in store.folder(record["fingerprint"]).rglob("*") if p.is_file()):
+            data = path.read_bytes()
+            for at in {0, len(data) // 2, len(data) - 1}:
+                path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+                try:
+                    assert list(lineage.verify(store, lineage.find(store, child["fingerprint"]))), (path, at)
+                except CuveeError:  # a record that is no longer JSON
+                    assert path.name == records.NAME
+                path.write_bytes(data)
+    assert list(lineage.verify(store, child)) == []
+
+
+def test_verify_finds_a_resealed_parent_an_extra_and_a_missing_file(family):
+    store, parent, child = family
+    folder = store.folder(parent["fingerprint"])
+    record = json.loads((folder / records.NAME).read_text())
+    record["metrics"]["loss"] = 0.1
+    (folder / records.NAME).write_bytes(records.dumps(records.seal(record)))
+    assert any("is not the artifact that was used" in d for d in lineage.verify(store, child))
+    (folder / records.NAME).write_bytes(records.dumps(parent))
+    (folder / "extra").touch()
+    (folder / "a.txt").unlink()
+    assert {d.split(": ", 1)[1] for d in lineage.verify(store, child)} == {"extra is not in the record", "a.txt is missing"}
+
+
+def test_why_and_diff_name_fields(family, tmp_path):
+    store, parent, child = family
+    other = make(store, tmp_path / "3", "sft", {"lr": 2e-4, "nested": {"steps": 5}}, {"init": parent})
+    assert [line.strip().split()[:2] for line in lineage.why(store, child)][::2] == [
+        ["sft", child["fingerprint"][:12]], ["init:", "base"]]
+    assert "config.lr: 0.0001 -> 0.0002" in "\n".join(lineage.diff(store, child, other))
+    assert "one artifact" in next(lineage.diff(store, child, child))
+    with pytest.raises(CuveeError, match="'polishd' is not known"):
+        store.set_alias("polished", child["fingerprint"])
+        lineage.find(store, "polishd")
+
+
+def test_a_size_that_changed_is_refused_on_every_read(family):
+    store, parent, _ = family
+    (store.folder(parent["fingerprint"]) / "a.txt").write_text("more than before")
+    with pytest.raises(CuveeError, match="the record says 7 bytes"):
+        store.fetch(parent["fingerprint"])
+
+
+def test_placement_and_key_order_do_not_enter_the_fingerprint():
+    a = records.fingerprint("s", "1", {"a": 1, "b": 2.0}, {}, {"x": "f"})
+    assert a == records.fingerprint("s", "1", {"b": 2.0, "a": 1}, {}, {"x": "f"})
+    assert a != records.fingerprint("s", "2", {"a": 1, "b": 2.0}, {}, {"x": "f"})
+
+
+def _hold(path, ready):
+    Lease(path).__enter__()
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_lease_is_exclusive_and_passes_from_a_dead_holder(tmp_path):
+    path = tmp_path / "leases" / "f"
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(path, ready))
+    holder.start()
+    assert ready.wait(30)
+    mine = Lease(path)
+    assert not mine.acquire()
+    holder.kill()
+    holder.join()
+    assert any(mine.acquire() for _ in range(3))
+    mine.release()
+    assert not path.exists()
+
+
+def test_a_lease_of_another_host_expires_by_its_heartbeat(tmp_path):
+    path = tmp_path / "f"
+    path.write_text(json.dumps({"token": "t", "host": "elsewhere", "pid": 1, "born": 0.0}))
+    assert not Lease(path).acquire() and path.exists()
+    old = time.time() - 1000
+    os.utime(path, (old, old))
+    lease = Lease(path)
+    assert not lease.acquire() and lease.acquire()
+    lease.release()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_store_without_permission_is_one_sentence(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(CuveeError, match="folder that you may write"):
+        LocalStore(tmp_path / "store")
+
+
+def test_a_store_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "store").touch()
+    with pytest.raises(CuveeError, match="store.uri=.*give a folder"):
+        LocalStore(tmp_path / "store")
