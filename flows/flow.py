@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import open_store
 from flows.config import compose, state_dir
 from flows.graph import Graph, Node
 from flows.launchers.local import Launcher
+from flows.reconcile import registered
 from flows.step import Cancelled, Maker
 from flows.tracking import Tracker
 from stages.stage import CuveeError
@@ -28,20 +30,22 @@ def cuvee(overrides: list[str] = [], until: list[str] = []) -> None:  # noqa: B0
         overrides: Hydra overrides, e.g. "recipe.experts=[code,math]", "expert.math.sft.lr=1e-3".
         until: names of stages to stop at (with all that they need); empty runs the whole recipe.
     """
-    conf = compose(overrides)
-    graph = Graph(conf)
-    run_graph(graph, graph.until(until), show=print if os.environ.get("CUVEE_TERMINAL") else None)
+    graph = Graph(compose(overrides))
+    flow_run = str(runtime.flow_run.id)
+    with registered(flow_run):
+        run_graph(graph, graph.until(until), flow_run, show=print if os.environ.get("CUVEE_TERMINAL") else None)
 
 
-def run_graph(graph: Graph, nodes: list[Node], show: Callable[[str], None] | None) -> None:
+def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[str], None] | None) -> None:
     """Make every node. Raises CuveeError naming the first stage that failed, after its siblings have ended."""
     conf = graph.conf
     logger = get_run_logger()
     launcher, store = Launcher(), open_store(conf)
     launcher.warm()
-    tracker = Tracker(conf, [n.name for n in nodes])
+    tracker = Tracker(conf, flow_run, len(nodes))
     maker = Maker(store, launcher, tracker, state_dir() / "work", conf.cluster.cores, conf.cluster.device)
     width = {node.depth: sum(n.depth == node.depth for n in nodes) for node in nodes}
+    order = {node.name: at for at, node in enumerate(nodes)}
     progress = Progress(len(nodes), show or logger.info)
 
     def make(name: str) -> None:
@@ -57,7 +61,7 @@ def run_graph(graph: Graph, nodes: list[Node], show: Callable[[str], None] | Non
 
         if not done_before:
             progress.start(name)
-        record = maker.make(node, threads, on_line)
+        record = maker.make(node, threads, order[name], on_line)
         progress.done(name, record, skipped=done_before)
 
     futures = {}
@@ -148,4 +152,4 @@ def start(overrides: list[str], until: list[str]) -> None:
     except Cancelled:
         raise KeyboardInterrupt from None
     finally:
-        APILogHandler.flush()  # before a private server ends
+        APILogHandler().flush()  # before a private server ends

@@ -87,9 +87,13 @@ class Graph:
         inputs = {arg: one for arg, one in inputs.items() if one}
         _check_inputs(name, module, inputs)
         values = OmegaConf.to_container(config, resolve=True)
-        node = Node(name, stage, stages.parse(module.Config, values, name), inputs)
+        where = config._get_full_key("")
+        node = Node(name, stage, stages.parse(module.Config, values, where), inputs)
         if hasattr(module, "check"):
-            module.check(node.config, node.map_inputs(lambda n: n.config))
+            try:
+                module.check(node.config, node.map_inputs(lambda n: n.config))
+            except ConfigError as error:
+                raise ConfigError(f"{where}.{error}") from None
         self.nodes[name] = node
         return node
 

@@ -27,6 +27,7 @@ from stages.store import record as records
 
 ATTEMPTS = 3
 LOG_TAIL = 12
+METRIC_SECONDS = 5.0
 
 
 class Cancelled(CuveeError):
@@ -40,21 +41,22 @@ class Maker:
         self.store, self.launcher, self.tracker = store, launcher, tracker
         self.work, self.cores, self.device = work, cores, device
         self._free = cores
+        self._waiting: list[int] = []
         self._turn = threading.Condition()
         self._jobs: set[Any] = set()
         self._cancelled = threading.Event()
 
-    def make(self, node: Node, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
+    def make(self, node: Node, threads: int, order: int, log: Callable[[str], None]) -> dict[str, Any]:
         """The record of the node's artifact, made now unless it is published. The inputs must be published.
 
-        Raises CuveeError when the stage refuses, keeps dying, or the run is cancelled.
+        order: among stages that wait for a core the lowest goes first. Raises CuveeError when the stage refuses, keeps dying, or the run is cancelled.
         """
         record = self.store.record(node.fingerprint)
         if record is None:
             with self.store.lease(node.fingerprint):
                 record = self.store.record(node.fingerprint)  # made by the lease's last holder?
                 if record is None:
-                    with self._cores(threads):
+                    with self._cores(threads, order):
                         record = self._make(node, threads, log)
         self.store.set_alias(node.name, node.fingerprint)
         return record
@@ -72,10 +74,15 @@ class Maker:
             ender.join()
 
     @contextmanager
-    def _cores(self, wanted: int):
+    def _cores(self, wanted: int, order: int):
+        """Hold cores. Strictly in order: a stage that needs all cores is not overtaken forever by small ones."""
         with self._turn:
-            self._turn.wait_for(lambda: self._free >= wanted or self._cancelled.is_set())
+            self._waiting.append(order)
+            self._turn.wait_for(lambda: self._cancelled.is_set()
+                                or (self._free >= wanted and order == min(self._waiting)))
+            self._waiting.remove(order)
             self._free -= wanted
+            self._turn.notify_all()
         try:
             yield
         finally:
@@ -84,6 +91,8 @@ class Maker:
                 self._turn.notify_all()
 
     def _make(self, node: Node, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
+        if self._cancelled.is_set():
+            raise Cancelled(f"{node.name}: interrupted")
         folder = self.work / node.fingerprint
         folder.mkdir(parents=True, exist_ok=True)
         parents = {n.fingerprint: self.store.record(n.fingerprint) for n in node.parents}
@@ -91,7 +100,7 @@ class Maker:
         started = time.time()
         try:
             self._write_spec(node, folder, threads, parents)
-            outcome = self._launch(node, folder, threads, log)
+            outcome = self._launch(node, folder, threads, self._watch(run, folder, log))
             record = self.store.publish(folder / "out", self._record(node, outcome, parents, started, threads, run))
         except OSError as error:
             self.tracker.fail(run)
@@ -107,6 +116,24 @@ class Maker:
             path = folder / part
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return record
+
+    def _watch(self, run: Any, folder: Path, log: Callable[[str], None]) -> Callable[[str], None]:
+        """`log`, which also sends the stage's new metrics to the tracker every few seconds."""
+        at, sent = 0, time.monotonic()
+
+        def on_line(line: str) -> None:
+            nonlocal at, sent
+            log(line)
+            path = folder / "scratch" / "metrics.jsonl"
+            if time.monotonic() - sent > METRIC_SECONDS and path.exists():
+                with open(path) as file:
+                    file.seek(at)
+                    new = file.read()
+                whole = new[: new.rfind("\n") + 1]
+                at, sent = at + len(whole.encode()), time.monotonic()
+                self.tracker.progress(run, [json.loads(text) for text in whole.splitlines()])
+
+        return on_line
 
     def _write_spec(self, node: Node, folder: Path, threads: int, parents: dict[str, Any]) -> None:
         def place(parent: Node) -> dict[str, Any]:

@@ -7,6 +7,7 @@ down costs a warning, not a run. Big files stay in the store; MLflow gets addres
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,8 +32,8 @@ def tracking_uri() -> str:
 class Tracker:
     """Sends what stages do to MLflow. `start` and `finish` return at once; `close` waits for what is queued."""
 
-    def __init__(self, conf: Any, targets: list[str]):
-        self.recipe, self.targets = conf.recipe.name, targets
+    def __init__(self, conf: Any, flow_run: str, stages: int):
+        self.recipe, self.flow_run_id, self.stages = conf.recipe.name, flow_run, stages
         self.registered = set(conf.recipe.registered)
         self._queue = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._failed = threading.Event()
@@ -43,6 +44,10 @@ class Tracker:
 
     def finish(self, run: Future, record: dict[str, Any]) -> None:
         self._submit(self._finish, run, record)
+
+    def progress(self, run: Future, points: list[dict[str, float]]) -> None:
+        """Send points of a running stage: {"step", "time" in seconds, metric: value, ...} each."""
+        self._submit(self._metrics, run, points)
 
     def fail(self, run: Future) -> None:
         self._submit(lambda: run.result() and self.client.set_terminated(run.result()["run_id"], "FAILED"))
@@ -77,7 +82,8 @@ class Tracker:
         found = self.client.get_experiment_by_name(self.recipe)
         location = None if os.environ.get("MLFLOW_TRACKING_URI") else (state_dir() / "mlruns").as_uri()
         self.experiment = found.experiment_id if found else self.client.create_experiment(self.recipe, location)
-        run = self.client.create_run(self.experiment, run_name=f"{self.recipe} ({len(self.targets)} stages)")
+        run = self.client.create_run(self.experiment, run_name=f"{self.recipe} ({self.stages} stages)",
+                                     tags={"cuvee.flow_run": self.flow_run_id})
         return {"run_id": run.info.run_id}
 
     def _start(self, node: Node, parents: dict[str, Any]) -> dict[str, str]:
@@ -118,6 +124,14 @@ class Tracker:
                 datasets.append(DatasetInput(data, [InputTag("mlflow.data.context", arg)]))
         if models or datasets:
             self.client.log_inputs(run_id, models=models or None, datasets=datasets or None)
+
+    def _metrics(self, run: Future, points: list[dict[str, float]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, int(point["time"] * 1000), int(point["step"])) for point in points
+                   for name, value in point.items() if name not in ("step", "time") and math.isfinite(value)]
+        for at in range(0, len(metrics) if run.result() else 0, METRIC_BATCH):
+            self.client.log_batch(run.result()["run_id"], metrics=metrics[at : at + METRIC_BATCH])
 
     def _finish(self, run: Future, record: dict[str, Any]) -> None:
         from mlflow.entities import LoggedModelOutput, Metric, RunTag

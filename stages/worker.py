@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import traceback
+import warnings
 
 PRELOAD = ("torch", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
            "transformers.models.cohere2.modeling_cohere2", "pyarrow.parquet", "tokenizers")
@@ -30,8 +31,9 @@ def serve() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # grandchildren of a dead stage come to us, to be ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: _end())
-    for name in PRELOAD:
-        importlib.import_module(name)
+    with warnings.catch_warnings(action="ignore"):  # Megatron-core advises to install Apex; a CPU has no use for it
+        for name in PRELOAD:
+            importlib.import_module(name)
     gc.freeze()
     wake, alarm = os.pipe()
     os.set_blocking(alarm, False)

@@ -1,0 +1,83 @@
+"""Runs whose process died without a word (kill -9, power) are closed in Prefect and MLflow by the next run.
+
+Every run leaves a note in `<state>/runs/` while it lives; a note whose process is gone is a dead run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.config import state_dir
+from stages.store.record import write_atomic
+
+logger = logging.getLogger("cuvee.reconcile")
+
+
+@contextmanager
+def registered(flow_run_id: str) -> Iterator[None]:
+    """Note that this process runs `flow_run_id`, after closing what died before."""
+    close_dead()
+    note = state_dir() / "runs" / f"{flow_run_id}.json"
+    write_atomic(note, json.dumps({"pid": os.getpid(), "born": psutil.Process().create_time()}).encode())
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def close_dead() -> None:
+    """Set the runs of dead processes to Crashed in Prefect and, with their children, to KILLED in MLflow."""
+    for note in sorted((state_dir() / "runs").glob("*.json")):
+        holder = json.loads(note.read_text())
+        if not _alive(holder):
+            for close in (_close_prefect, _close_mlflow):
+                try:
+                    close(note.stem)
+                except Exception as error:  # a lost server must not keep a new run from starting
+                    logger.warning("%s: could not close the dead run %s: %s", close.__name__, note.stem, error)
+            note.unlink(missing_ok=True)
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    try:
+        return psutil.Process(holder["pid"]).create_time() == holder["born"]
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _close_prefect(flow_run_id: str) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, TaskRunFilter
+    from prefect.states import Crashed
+
+    died = Crashed(message="its process died")
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, died, force=True)
+        for run in client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
+                                         task_run_filter=TaskRunFilter(), limit=200):
+            if not run.state or not run.state.is_final():
+                client.set_task_run_state(run.id, died, force=True)
+
+
+def _close_mlflow(flow_run_id: str) -> None:
+    import mlflow
+
+    from flows.tracking import tracking_uri
+
+    if tracking_uri().startswith("sqlite") and not Path(tracking_uri().removeprefix("sqlite:///")).exists():
+        return
+    client = mlflow.MlflowClient(tracking_uri())
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    for top in client.search_runs(experiments, f"tags.`cuvee.flow_run` = '{flow_run_id}'"):
+        children = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{top.info.run_id}'")
+        for run in [top, *children]:
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")

@@ -1,0 +1,177 @@
+"""The maker with a real launcher and a real stage: publish, skip, refuse, die, cancel."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pydoc_data.topics import topics
+
+import psutil
+import pytest
+
+from flows.graph import Node
+from flows.launchers.local import Launcher
+from flows.step import ATTEMPTS, Cancelled, Maker
+from stages import stage as stages
+from stages.stage import CuveeError
+from stages.store.local import LocalStore
+
+
+
+class NoTracker:
+    """The tracker's interface without MLflow."""
+
+    def start(self, node, parents):
+        return None
+
+    progress = finish = fail = lambda self, *_: None
+
+    def address(self, run):
+        return None
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def maker(tmp_path, launcher):
+    return Maker(LocalStore(tmp_path / "store"), launcher, NoTracker(), tmp_path / "work", cores=2)
+
+
+def node(sources, **values):
+    module = stages.load("data.curate")
+    return Node("corpus", "data.curate", stages.parse(module.Config, {"sources": [str(s) for s in sources]} | values, "data"))
+
+
+@pytest.fixture
+def documents(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for topic in sorted(topics)[:40]:
+        (folder / f"{topic}.txt").write_text(topics[topic])
+    return folder
+
+
+def test_a_stage_is_made_once_and_then_found(maker, documents):
+    lines = []
+    record = maker.make(node([documents]), 1, 0, lines.append)
+    assert record["files"] and any("documents removed" in line for line in lines)
+    assert maker.store.aliases() == {"corpus": record["fingerprint"]}
+    assert not (maker.work / record["fingerprint"] / "scratch").exists()
+    lines.clear()
+    assert maker.make(node([documents]), 1, 0, lines.append) == record and not lines
+
+
+def test_content_not_place_decides_the_address(documents, tmp_path):
+    moved = tmp_path / "elsewhere" / documents.name
+    moved.parent.mkdir()
+    before = node([documents]).fingerprint
+    documents.rename(moved)
+    assert node([moved]).fingerprint == before
+    next(moved.iterdir()).write_text("another text")
+    assert node([moved]).fingerprint != before
+
+
+def test_a_refusal_is_its_sentence_and_leaves_nothing(maker, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(CuveeError, match="corpus: .*"):
+        maker.make(node([tmp_path / "short.txt"]), 1, 0, print)
+    assert list(maker.store.fingerprints()) == []
+
+
+def test_full_disk_is_one_sentence(maker, documents, monkeypatch):
+    """RLIMIT-free: a small tmpfs is mounted where root may; elsewhere the write itself is made to fail."""
+    with tmpfs(maker.work) as small:
+        if not small:
+            pytest.skip("mounting a tmpfs needs root")
+        with pytest.raises(CuveeError, match="no space left on the disk"):
+            maker.make(node([documents]), 1, 0, print)
+    assert list(maker.store.fingerprints()) == []
+
+
+class tmpfs:
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.mounted = os.system(f"mount -t tmpfs -o size=8k tmpfs {self.path} 2>/dev/null") == 0
+        return self.mounted
+
+    def __exit__(self, *_):
+        if self.mounted:
+            os.system(f"umount -l {self.path}")
+
+
+def kill_children(launcher, stop):
+    """Kill every stage process as soon as it appears, until `stop`."""
+    while not stop.is_set():
+        for child in psutil.Process(launcher._worker.pid).children():
+            os.kill(child.pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def test_a_stage_that_keeps_dying_fails_with_its_log(maker, documents, launcher):
+    launcher.warm()
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_children, args=(launcher, stop))
+    killer.start()
+    lines = []
+    try:
+        with pytest.raises(CuveeError, match="ended with status -9; the log is"):
+            maker.make(node([documents]), 1, 0, lines.append)
+    finally:
+        stop.set()
+        killer.join()
+    assert sum("starting again" in line for line in lines) == ATTEMPTS
+    assert list(maker.store.fingerprints()) == []
+    assert maker.make(node([documents]), 1, 0, lines.append)["files"]
+
+
+def test_cancelling_ends_the_process_tree(maker, launcher, tmp_path):
+    """A stage that hangs (a source that never ends) is gone soon after the run is cancelled."""
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    spec, log = tmp_path / "spec.json", tmp_path / "log.txt"
+    os.mkfifo(spec)  # the stage blocks while it reads its own spec
+    job = launcher.launch(spec, log, 1)
+    assert job.started.wait(60)
+    assert psutil.pid_exists(job.pid)
+    job.cancel()
+    assert job.ended.wait(10) and job.status == -signal.SIGTERM
+
+
+def test_nothing_starts_after_cancel(maker, documents):
+    maker.cancel()
+    with pytest.raises(Cancelled):
+        maker.make(node([documents]), 1, 0, print)
+
+
+def test_the_worker_ends_with_its_parent(tmp_path):
+    """Closing the pipe is what kill -9 of the parent does: the worker and its stage must go."""
+    launcher = Launcher()
+    spec = tmp_path / "spec.json"
+    os.mkfifo(spec)
+    job = launcher.launch(spec, tmp_path / "log.txt", 1)
+    assert job.started.wait(60)
+    worker = launcher._worker
+    worker.stdin.close()
+    assert worker.wait(15) == 0
+    assert not psutil.pid_exists(job.pid)
+
+
+def test_exit_statuses(launcher, tmp_path):
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"stage": "data.curat", "name": "corpus", "config": {}, "inputs": {}, "ancestors": {},
+                                "out": str(tmp_path / "o"), "scratch": str(tmp_path / "s"), "threads": 1,
+                                "result": str(tmp_path / "result.json"), "device": "cpu"}))
+    assert launcher.launch(spec, tmp_path / "log.txt", 1).wait(print) == 64
+    assert "did you mean 'curate'" in json.loads((tmp_path / "result.json").read_text())["error"]
+    spec.write_text("{")
+    assert launcher.launch(spec, tmp_path / "log2.txt", 1).wait(print) == 1
+    assert "JSONDecodeError" in (tmp_path / "log2.txt").read_text()
