@@ -36,18 +36,27 @@ def compose(overrides: list[str]) -> DictConfig:
     for name in stage_names():
         store.store(group="stage", name=name, node=load(name).Config)
     store.store(name="cuvee", node=_primary())
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            conf = hydra_compose("cuvee", overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_sentence(error, overrides)) from None
+    try:
+        conf = _compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(error, overrides)) from None
+    for key in sorted(OmegaConf.missing_keys(conf)):
+        raise ConfigError(f"{key} must be given, e.g. {key}=...; see the comments in conf/{key.split('.')[0]}")
+    for key, value in conf.items():
+        if not isinstance(value, DictConfig):
+            raise ConfigError(f"{key}={value}: {key} is a section of fields, set one of them, e.g. {key}.<field>={value}")
     for expert in conf.recipe.experts:
         if expert not in conf.expert:
             raise ConfigError(f"recipe.experts: {unknown(expert, list(conf.expert))}")
     if not conf.recipe.experts:
         raise ConfigError("recipe.experts is empty; name at least one of " + ", ".join(conf.expert))
     return conf
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("cuvee", overrides=list(overrides))
 
 
 def _primary() -> dict:
@@ -77,8 +86,7 @@ def _sentence(error: Exception, overrides: list[str]) -> str:
 
 
 def _unknown_key(key: str) -> str | None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = hydra_compose("cuvee")
+    node = _compose([])
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig):

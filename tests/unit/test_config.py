@@ -1,0 +1,106 @@
+"""A wrong key, type or choice: one sentence with the nearest valid name. And the graph that a right one gives."""
+
+import pytest
+
+from flows.config import compose
+from flows.graph import Graph
+from flows.plan import state, table
+from stages.stage import ConfigError
+from stages.store.local import LocalStore
+
+EXPERTS = ("code", "safety", "rag", "math", "multilingual", "long_context")
+
+
+def graph(*overrides):
+    return Graph(compose(list(overrides)))
+
+
+@pytest.mark.parametrize("override, sentence", [
+    ("expert.mth.sft.lr=1", "expert.mth.sft.lr: 'mth' is not known; did you mean 'math'"),
+    ("expert.math.sft.lrr=1", "expert.math.sft.lrr: 'lrr' is not known; did you mean 'lr'"),
+    ("+expert.math.sft.lrr=1", "expert.math.sft.lrr: 'lrr' is not known; did you mean 'lr'"),
+    ("expert.math.sft.lr=abc", "expert.math.sft.lr=abc: .*'abc'.*Float"),
+    ("expert.math.rl.objective=cpg", "expert.math.rl.objective: 'cpg' is not known; did you mean 'copg'"),
+    ("expert.math.rl.options.bta=1", "expert.math.rl.options.bta: 'bta' is not known; did you mean 'beta'"),
+    ("scale=lptop", "scale: 'lptop' is not known; did you mean 'laptop'"),
+    ("recipe.experts=[code,mth]", "recipe.experts: 'mth' is not known; did you mean 'math'"),
+    ("recipe.experts=[]", "recipe.experts is empty"),
+    ("data.sources=3", "data.sources=3"),
+    ("data.sources=[]", "data.sources"),
+    ("instruct=3", "instruct is a section"),
+    ("instruct.steps=0", "instruct.steps: 0"),
+    ("store=s3", "store.uri must be given"),
+    ("nothing", "has no value; write it as key=value"),
+])
+def test_a_wrong_override_is_one_sentence(override, sentence):
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        graph(override)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_recipe_is_expert_fan_out_merge_rl_fan_out_merge_polish():
+    nodes = graph().nodes
+    parents = {name: sorted(p.name for p in node.parents) for name, node in nodes.items()}
+    assert parents["sft-soup"] == sorted([*(f"sft-{e}" for e in EXPERTS), "instruct"])
+    assert parents["rl-soup"] == sorted([*(f"rl-{e}" for e in EXPERTS), "sft-soup"])
+    assert all("sft-soup" in parents[f"rl-{e}"] and "instruct" in parents[f"sft-{e}"] for e in EXPERTS)
+    assert "rl-soup" in parents["best-of-n"] and "best-of-n" in parents["preference"]
+    assert "preference" in parents["polished"] and parents["export"] == ["polished"]
+    assert len([n for n in nodes if n.startswith("scores-")]) == 3 + 6 + 1 + 6 + 1 + 3
+
+
+def changed(*overrides):
+    before, after = graph().nodes, graph(*overrides).nodes
+    return {name for name, node in after.items() if node.fingerprint != before[name].fingerprint}
+
+
+def downstream(name):
+    nodes = graph().nodes
+    found = {name}
+    for other, node in nodes.items():
+        if any(p.name in found for p in node.parents):
+            found.add(other)
+    return found
+
+
+def test_changing_one_experts_learning_rate_remakes_it_and_what_depends_on_it():
+    assert changed("expert.math.sft.lr=0.123") == downstream("sft-math")
+    assert "sft-code" not in downstream("sft-math") and "polished" in downstream("sft-math")
+    assert changed("expert.code.rl.lr=0.123") == downstream("rl-code")
+
+
+@pytest.mark.parametrize("override", ["instruct.micro_batch_tokens=7777", "cluster.cores=1", "pretrain.save_every=3"])
+def test_placement_changes_no_address(override):
+    assert changed(override) == set()
+
+
+def test_fewer_experts_and_a_part_of_the_graph():
+    small = graph("recipe.experts=[code,math]")
+    assert {n for n in small.nodes if n.startswith("rl-")} == {"rl-code", "rl-math", "rl-soup"}
+    part = [n.name for n in small.until(["sft-soup"])]
+    assert part[-1] == "sft-soup" and "rl-code" not in part and "corpus" in part
+    with pytest.raises(ConfigError, match="did you mean 'polished'"):
+        small.until(["polishd"])
+
+
+def test_plan_says_what_runs_and_refuses_what_cannot_fit(tmp_path):
+    store, small = LocalStore(tmp_path), graph("recipe.experts=[code]")
+    lines = list(table(store, small, list(small.nodes.values())))
+    assert lines[-1].startswith(f"{len(small.nodes)} of {len(small.nodes)} stages will run")
+    assert state(store, small.nodes["corpus"]) == ("run", "new")
+    large = graph("model=command_a")
+    with pytest.raises(ConfigError, match="pretrained: 1,655 GiB of weights and optimizer do not fit"):
+        list(table(store, large, list(large.nodes.values())))
+
+
+def test_a_new_expert_is_one_yaml(tmp_path, monkeypatch):
+    """A file in conf/expert is an expert: no list to edit."""
+    import shutil
+
+    from flows import config
+
+    conf = tmp_path / "conf"
+    shutil.copytree(config.CONF, conf)
+    (conf / "expert" / "algebra.yaml").write_text("defaults: [_base, _self_]\nprompts: {domain: math}\n")
+    monkeypatch.setattr(config, "CONF", conf)
+    assert "rl-algebra" in graph("recipe.experts=[code,algebra]").nodes
