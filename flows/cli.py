@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from typing import Any
@@ -94,9 +95,10 @@ def _run_flow(args: argparse.Namespace, graph: Any, nodes: list[Any]) -> None:
     from flows.services import prefect_api
 
     with prefect_api():
-        from flows.flow import quiet_console, start
+        # The progress lines are enough for a terminal; Prefect's own log lines go to its API, where its UI shows them.
+        os.environ.update(CUVEE_TERMINAL="1", PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL")
+        from flows.flow import start
 
-        quiet_console()
         start(args.overrides, [n.name for n in nodes] if args.until else [])
 
 

@@ -133,16 +133,6 @@ class Progress:
         self.show(f"[{self.finished:>3}/{self.total}] {name:<22} {record['seconds']:6.1f} s   {metrics}")
 
 
-def quiet_console() -> None:
-    """On a terminal the progress lines are enough; Prefect's own log lines go to its API only."""
-    import logging
-
-    os.environ["CUVEE_TERMINAL"] = "1"
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        log = logging.getLogger(name)
-        log.handlers = [h for h in log.handlers if type(h).__name__ != "PrefectConsoleHandler"]
-
-
 def start(overrides: list[str], until: list[str]) -> None:
     """Run the flow in this process. Raises what the flow raised, KeyboardInterrupt after Ctrl-C."""
     from prefect.logging.handlers import APILogHandler

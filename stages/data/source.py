@@ -1,0 +1,110 @@
+"""Sources of raw documents: a built-in name, a file or folder, or an s3:// prefix; sampled, limited and identified.
+
+A built-in source is a file of stages/data/sources with `entries(source) -> list[Entry]` (files with sizes and
+digests) and `documents(entries) -> Iterator[Document]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from stages.data.document import Document
+from stages.data.sources._files import Entry, unreadable
+from stages.stage import ConfigError, CuveeError, names, resolve, unknown
+
+
+@dataclass
+class Source:
+    """The files taken of one source, in order. `label` names it in the corpus, free of paths."""
+
+    label: str
+    module: ModuleType
+    entries: list[Entry]
+    max_bytes: int
+    max_documents: int
+
+    def identity(self) -> dict[str, str | int]:
+        """Label, number and bytes of the files taken, and one SHA-256 over their names and digests."""
+        found = sha256()
+        for entry in self.entries:
+            found.update(f"{entry.name}\0{entry.digest()}\n".encode("utf-8", "surrogateescape"))
+        taken = sum(entry.take for entry in self.entries)
+        return {"label": self.label, "files": len(self.entries), "bytes": taken, "sha256": found.hexdigest()}
+
+    def documents(self) -> Iterator[Document]:
+        """The source's documents within its limits, with `source` and a full `id`."""
+        count, size = 0, 0
+        for document in self.module.documents(self.entries):
+            data = document.text.encode("utf-8", "replace")  # a lone surrogate could not be written anywhere
+            length = len(data)
+            if self.max_documents and count >= self.max_documents:
+                return
+            if self.max_bytes and count and size + length > self.max_bytes:
+                return
+            count, size = count + 1, size + length
+            name = f"{self.label}/{document.id}".encode("utf-8", "replace").decode()
+            document.source, document.id, document.text = self.label, name, data.decode()
+            yield document
+
+
+def find(chosen: list[str], seed: int, max_bytes: int, max_documents: int) -> list[Source]:
+    """The sources, sampled and limited. Raises ConfigError for a missing one, CuveeError for an empty one."""
+    found: list[Source] = []
+    for source in chosen:
+        module, label = _module(source)
+        entries = module.entries(source)
+        if not any(entry.size for entry in entries):
+            raise CuveeError(f"data.sources: {source!r} holds no file with content; give a folder with documents")
+        taken = _sample(entries, seed, max_bytes, max_documents)
+        if not taken:
+            smallest = min(entry.size for entry in entries)
+            raise CuveeError(f"data.source_bytes: {max_bytes} bytes are too few for any file of {source!r}; "
+                             f"its smallest has {smallest}, so raise the limit")
+        used = sum(other.label == label or other.label.startswith(f"{label}-") for other in found)
+        found.append(Source(f"{label}-{used + 1}" if used else label, module, taken, max_bytes, max_documents))
+    return found
+
+
+def _module(source: str) -> tuple[ModuleType, str]:
+    """How to read a source, and the name it has in the corpus."""
+    if source in names("data/sources"):
+        return resolve("data/sources", source), source
+    if source.startswith("s3://"):
+        return import_module("stages.data.sources._s3"), source.rstrip("/").rsplit("/", 1)[-1]
+    path = Path(source).expanduser()
+    try:
+        exists = path.exists()
+    except OSError as error:  # a folder above it is closed to us
+        raise unreadable(path, error) from None
+    if not exists:
+        known = unknown(source, names("data/sources"))
+        raise ConfigError(f"data.sources: {known}, an existing file or folder, or an s3:// prefix")
+    return import_module("stages.data.sources._files"), path.resolve().name or "root"
+
+
+def _sample(entries: list[Entry], seed: int, max_bytes: int, max_documents: int) -> list[Entry]:
+    """All files by name; with a limit, files in the seed's order, and one that does not fit is cut or passed over."""
+
+    def place(entry: Entry) -> tuple[bool, bytes]:
+        return not entry.always, sha256(f"{seed}:{entry.name}".encode("utf-8", "replace")).digest()
+
+    taken, left = [], max_bytes
+    for entry in sorted(entries, key=place) if max_bytes or max_documents else entries:
+        if not entry.size or max_documents and len(taken) >= max_documents and not entry.always:
+            continue
+        if not max_bytes or entry.always or entry.size <= left:
+            taken.append(entry)
+        elif entry.cuttable and left > 0:
+            # Only plain JSON lines can be read in part; of the others the documents are cut, see Source.documents.
+            whole = entry.kind == ".parquet" or entry.name.lower().endswith(".gz")
+            entry.take = entry.size if whole else left
+            taken.append(entry)
+        else:
+            continue
+        left -= 0 if entry.always else min(entry.size, left)
+    return taken

@@ -1,0 +1,201 @@
+"""Score one model on every domain's held-out prompts, by verifiers and a reward model; perplexity on held-out text."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
+
+VERSION = "1"
+INPUTS = {
+    "model": Input(Kind.CHECKPOINT),
+    "prompts": Input(Kind.PROMPTS, many=True),
+    "tokens": Input(Kind.TOKENS, optional=True),
+    "reward": Input(Kind.REWARD_MODEL, optional=True),
+}
+OUTPUT = Kind.SCORES
+SHOWN = 400  # characters kept of each end of a prompt, for a reader; the artifact `prompts` holds all of it
+
+
+@dataclass
+class Config:
+    engine: str = option("transformers", "what generates", "rollout/engines")
+    prompts_per_domain: int = option(500, "held-out prompts a domain, the first ones of the file; 0 takes all")
+    max_new_tokens: int = option(1024, "longest completion in tokens; generation is greedy")
+    perplexity_tokens: int = option(1_000_000, "held-out tokens a domain for perplexity")
+    perplexity_length: int = option(8192, "longest piece of a document for perplexity, in tokens")
+    dtype: str = option("bfloat16", "precision of the perplexity pass", ("float32", "bfloat16"))
+    batch_tokens: int = option(65536, "tokens of a batch of the perplexity pass; decides the last digits")
+
+
+def check(config: Config, inputs: dict[str, Any]) -> None:
+    for name in ("max_new_tokens", "perplexity_length", "perplexity_tokens"):
+        if getattr(config, name) < 2:
+            raise ConfigError(f"{name}: {getattr(config, name)} scores nothing; give at least 2")
+    if config.prompts_per_domain < 0:
+        raise ConfigError(f"prompts_per_domain: {config.prompts_per_domain} is negative; 0 takes all prompts")
+
+
+def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
+    generated = len(inputs["prompts"]) * (config.prompts_per_domain or 500) * config.max_new_tokens
+    return Estimate(parameters=inputs["model"].parameters, generated_tokens=generated)
+
+
+def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
+    """Write `scores.json` and `samples.jsonl` (a line a prompt). Returns the mean score of each domain.
+
+    A domain's score is the mean of max(reward, 0) over its prompts, in [0, 1]: a refused format, which training
+    punishes with -1, counts as 0. `solved` is the share of prompts with full reward.
+    Raises CuveeError when the model's tokenizer is not the one behind the tokens or the reward model.
+    """
+    from stages.merge.checkpoint import digest, tokenizer_digests
+
+    model: Artifact = inputs["model"]
+    digests = tokenizer_digests(model.path)
+    _require_same_tokenizer(digests, inputs)
+    samples = _generate(config, model, _prompts(config, inputs["prompts"]), ctx)
+    if "reward" in inputs:
+        _judge(samples, inputs["reward"], ctx)
+    held_out = {domain: digest(one.path / "heldout.jsonl") for domain, one in inputs["prompts"].items()}
+    scores = {
+        "digests": {**digests, "prompts": held_out},
+        "engine": asdict(config) | {"temperature": 0.0},
+        "domains": {domain: summary(rows) for domain, rows in by(samples, "domain").items()},
+        "lengths": {
+            domain: {str(length): summary(some) for length, some in sorted(by(rows, "length").items())}
+            for domain, rows in by(samples, "domain").items()
+            if all(row["length"] is not None for row in rows)
+        },
+        "perplexity": _perplexity(config, model, inputs["tokens"], ctx) if "tokens" in inputs else {},
+    }
+    (out / "scores.json").write_text(json.dumps(scores, indent=1, sort_keys=True) + "\n")
+    with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
+        for row in samples:
+            *before, last = row["messages"]
+            turns = [f"[{message['role']}] {message['content']}" for message in before] + [last["content"]]
+            row["prompt"] = _shorten("\n".join(turns))
+            kept = {k: v for k, v in row.items() if k not in ("messages", "check", "text") and v is not None}
+            file.write(json.dumps(kept, sort_keys=True, ensure_ascii=False) + "\n")
+    return metrics(scores)
+
+
+def metrics(scores: dict[str, Any]) -> dict[str, float]:
+    """The closing metrics: `score/<domain>` and their mean, `bits_per_byte/<domain>`."""
+    means = {domain: one["mean"] for domain, one in scores["domains"].items()}
+    return {
+        "score": sum(means.values()) / len(means),
+        **{f"score/{domain}": mean for domain, mean in means.items()},
+        **{f"bits_per_byte/{domain}": one["bits_per_byte"] for domain, one in scores["perplexity"].items()},
+    }
+
+
+def _require_same_tokenizer(digests: dict[str, str], inputs: dict[str, Any]) -> None:
+    from stages.merge.checkpoint import tokenizer_digests
+
+    others = {"tokens": ("tokenizer", "tokenizer"), "reward": ("", "tokenizer template")}
+    for arg, (folder, parts) in others.items():
+        if arg in inputs:
+            found = tokenizer_digests(inputs[arg].path / folder)
+            for part in parts.split():
+                if found[part] != digests[part]:
+                    raise CuveeError(
+                        f"the model's {part} ({digests[part][:12]}) is not that of the input {arg} "
+                        f"({found[part][:12]}); evaluate a model with artifacts of its own tokenizer"
+                    )
+
+
+def _prompts(config: Config, sources: dict[str, Artifact]) -> list[dict[str, Any]]:
+    found = []
+    for domain in sorted(sources):  # not in the recipe's order of experts, which is no part of the address
+        path = sources[domain].path / "heldout.jsonl"
+        with open(path, encoding="utf-8") as file:  # not splitlines(): a text may hold other line ends, such as U+2028
+            rows = [json.loads(line) for line in file]
+        if not rows:
+            raise CuveeError(f"{path} holds no prompt; raise the held-out count of prompts-{domain}")
+        found += rows[: config.prompts_per_domain or None]
+    return found
+
+
+def _generate(config: Config, model: Artifact, prompts: list[dict], ctx: Context) -> list[dict[str, Any]]:
+    """Each prompt with its greedy completion, the verifier's reward and the score."""
+    from transformers import AutoTokenizer
+
+    from stages.chat.render import render, response
+    from stages.chat.template import END_OF_TURN
+
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    stop = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    engine = resolve("rollout/engines", config.engine).Engine(model.path, ctx)
+    verifier = resolve("rewards", "verifier").Reward(ctx, None)
+    samples = []
+    for domain, rows in by(prompts, "domain").items():
+        ids = [render(tokenizer, row["messages"], generation=True).ids for row in rows]
+        made = engine.generate(ids, n=1, max_new_tokens=config.max_new_tokens, temperature=0.0, seed=0, stop=[stop])
+        rewards = verifier(rows, [[one.text] for (one,) in made])
+        for row, (one,), (reward,) in zip(rows, made, rewards, strict=True):
+            samples.append({
+                **row, "text": one.text, "completion": response(one.text), "reward": reward, "score": max(reward, 0.0),
+                "length": row.get("length"), "tokens": len(one.ids), "ended": stop in one.ids,
+            })  # fmt: skip
+        mean = sum(sample["score"] for sample in samples[-len(rows) :]) / len(rows)
+        ctx.log(f"{domain}: {mean:.3f} on {len(rows)} prompts")
+    return samples
+
+
+def _judge(samples: list[dict[str, Any]], reward: Artifact, ctx: Context) -> None:
+    """Add the reward model's score of each completion, the basis of win rates."""
+    judge = resolve("rewards", "reward_model").Reward(ctx, reward.path)
+    for sample, (score,) in zip(samples, judge(samples, [[sample["text"]] for sample in samples]), strict=True):
+        sample["reward_model"] = score
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`mean` score, its 95 % interval `low` to `high`, and what else describes the samples of a domain or length."""
+    from stages.evaluation.stats import wilson
+
+    n = len(rows)
+    mean, low, high = wilson([row["score"] for row in rows])
+    solved, solved_low, solved_high = wilson([float(row["reward"] >= 1.0) for row in rows])
+    found = {
+        "n": n, "mean": mean, "low": low, "high": high,
+        "solved": solved, "solved_low": solved_low, "solved_high": solved_high,
+        "reward": sum(row["reward"] for row in rows) / n,
+        "tokens": sum(row["tokens"] for row in rows) / n,
+        "ended": sum(row["ended"] for row in rows) / n,
+    }  # fmt: skip
+    if all("reward_model" in row for row in rows):
+        found["reward_model"] = sum(row["reward_model"] for row in rows) / n
+    return found
+
+
+def _perplexity(config: Config, model: Artifact, tokens: Artifact, ctx: Context) -> dict[str, dict[str, float]]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from stages.evaluation.perplexity import byte_lengths, measure, windows
+
+    dtype = getattr(torch, config.dtype)
+    network = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype).to(ctx.device).eval()
+    bytes_of = byte_lengths(AutoTokenizer.from_pretrained(model.path), network.config.vocab_size)
+    found = {}
+    for domain in sorted(
+        json.loads((tokens.path / "tokens.json").read_text(encoding="utf-8"))["splits"].get("heldout", {})
+    ):
+        pieces = windows(tokens.path / f"heldout-{domain}", config.perplexity_tokens, config.perplexity_length)
+        if pieces:
+            found[domain] = measure(network, pieces, bytes_of, config.batch_tokens)
+            ctx.log(f"{domain}: {found[domain]['bits_per_byte']:.3f} bits a byte")
+    return found
+
+
+def by(rows: list[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
+    """The rows grouped by row[key], groups in the order of their first row."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 2 * SHOWN + 20 else f"{text[:SHOWN]}\n[...]\n{text[-SHOWN:]}"

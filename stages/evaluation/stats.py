@@ -1,0 +1,42 @@
+"""Confidence intervals of scores. Plain arithmetic, closed forms: the same numbers on every machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z = 1.959963984540054  # two-sided 95 %
+
+
+def wilson(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % Wilson interval of scores in [0, 1] (Wilson 1927). (0, 0, 1) without scores.
+
+    Exact in its assumptions for right/wrong scores. With partial credit it is conservative: of all variables on
+    [0, 1] with mean p, right/wrong has the largest variance, p(1-p). Never of zero width, unlike a bootstrap.
+    """
+    n = len(scores)
+    if n == 0:
+        return 0.0, 0.0, 1.0
+    p = sum(scores) / n
+    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(max(p * (1 - p), 0.0) / n + Z * Z / (4 * n * n))
+    return p, max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
+
+
+def paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference after - before over the same prompts, with its 95 % normal interval. (0, 0, 0) without prompts.
+
+    Pairing removes the variance that the prompts share, so this is narrower than the two models' own intervals.
+    """
+    differences = [a - b for a, b in zip(after, before, strict=True)]
+    n = len(differences)
+    if n < 2:
+        return (differences[0], -1.0, 1.0) if differences else (0.0, 0.0, 0.0)
+    mean = sum(differences) / n
+    half = Z * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    return mean, mean - half, mean + half
+
+
+def win_rate(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Share of prompts on which a's reward is the higher one, ties counting half, with its 95 % Wilson interval."""
+    return wilson([1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)])

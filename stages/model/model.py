@@ -1,0 +1,69 @@
+"""A Megatron-core model of this repository: Cohere2 with a language-model head or a scalar reward head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor, nn
+
+from stages.model import cohere2
+from stages.model.config import ModelConfig
+from stages.model.head import VocabParallelLogprobs
+from stages.model.packing import Packing
+
+
+class Model(GPTModel):
+    """GPTModel whose last pipeline stage returns what objectives need instead of logits.
+
+    forward(tokens [1, T], packing, rows [N], targets [N]) returns log p(targets[i] | rows <= rows[i]), float32 [N];
+    without targets, the logits [N, V] at those rows; with head "reward", the scalar scores [N] at those rows.
+    Other pipeline stages return hidden states [T, 1, h].
+    """
+
+    def __init__(self, config: ModelConfig, head: str, **parallel: Any):
+        transformer = cohere2.transformer_config(config, **parallel)
+        first = parallel_state.is_pipeline_first_stage()
+        last = parallel_state.is_pipeline_last_stage()
+        super().__init__(
+            config=transformer,
+            transformer_layer_spec=cohere2.torch_spec(get_num_layers_to_build(transformer)),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="none",  # the attention of the spec rotates
+        )
+        self.sizes, self.head = config, head
+        if head == "reward" and last:
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+            self.score.weight.sequence_parallel = False
+
+    def forward(
+        self, tokens: Tensor, packing: Packing, rows: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.embedding(tokens, None) if self.pre_process else None
+        hidden = self.decoder(hidden, None, packed_seq_params=packing)
+        if not self.post_process:
+            return hidden
+        split = self.config.sequence_parallel
+        if self.head == "reward":
+            # Every tensor-parallel rank computes the whole score: the gradient is split, not summed.
+            if split:
+                hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+            return self.score(hidden[:, 0].index_select(0, rows))[:, 0].float()
+        gather = gather_from_sequence_parallel_region if split else copy_to_tensor_model_parallel_region
+        hidden = gather(hidden)[:, 0].index_select(0, rows)
+        weight, scale = self.shared_embedding_or_output_weight(), self.sizes.logit_scale
+        if targets is None:
+            return torch.mm(hidden * scale, weight.t()).float()
+        group = parallel_state.get_tensor_model_parallel_group()
+        return VocabParallelLogprobs.apply(hidden, weight, targets, scale, group)

@@ -1,0 +1,80 @@
+"""Score completions with a trained reward model: a scalar head on the last token's final-norm hidden state."""
+
+from pathlib import Path
+from typing import Any
+
+from stages.stage import Context, CuveeError
+
+BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}  # tokens of a forward pass, padding included
+
+
+class Scorer:
+    """The REWARD_MODEL folder as a function of token sequences."""
+
+    def __init__(self, path: Path, ctx: Context):
+        import torch
+        from safetensors.torch import load_file
+        from transformers import AutoModel
+
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            weights |= load_file(file)
+        if "score.weight" not in weights:
+            raise CuveeError(
+                f"{path}: no tensor score.weight in its safetensors; a reward model (train.reward) was expected"
+            )
+        self.head = weights["score.weight"][0].to(ctx.device)
+        self.model = AutoModel.from_pretrained(path, dtype=torch.float32).to(ctx.device).eval()
+
+    def __call__(self, sequences: list[list[int]]) -> list[float]:
+        """The score of each sequence of token ids, at its last token. Batched by length, padded on the right."""
+        import torch
+
+        found = [0.0] * len(sequences)
+        device = self.model.device
+        for batch in self._batches(sequences, device.type):
+            width = max(len(sequences[i]) for i in batch)
+            ids = torch.tensor([sequences[i] + [0] * (width - len(sequences[i])) for i in batch], device=device)
+            last = torch.tensor([len(sequences[i]) - 1 for i in batch], device=device)
+            with torch.inference_mode():  # causal: what stands right of the last token cannot reach it, no mask needed
+                hidden = self.model(input_ids=ids, use_cache=False).last_hidden_state
+                scores = hidden[torch.arange(len(batch), device=device), last] @ self.head
+            for i, score in zip(batch, scores.tolist(), strict=True):
+                found[i] = score
+        return found
+
+    @staticmethod
+    def _batches(sequences: list[list[int]], device: str) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for i in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i)):
+            if batches and (len(batches[-1]) + 1) * len(sequences[batches[-1][0]]) <= BATCH_TOKENS[device]:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+
+class Reward:
+    """The reward model's score of each completion (raw text) after its prompt, the end of turn included."""
+
+    def __init__(self, ctx: Context, model: Path | None):
+        from transformers import AutoTokenizer
+
+        from stages.chat.template import END_OF_TURN
+
+        if model is None:
+            raise CuveeError("rewards: reward_model needs the input `reward`, a trained reward model; none was given")
+        self.scorer = Scorer(model, ctx)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.end = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+
+    def __call__(self, prompts: list[dict[str, Any]], completions: list[list[str]]) -> list[list[float]]:
+        """Scores in the shape of `completions`; unbounded, comparable within one prompt."""
+        from stages.chat.render import render
+
+        sequences = []
+        for prompt, texts in zip(prompts, completions, strict=True):
+            ids = render(self.tokenizer, prompt["messages"], generation=True).ids
+            sequences += [ids + self.tokenizer.encode(text, add_special_tokens=False) + [self.end] for text in texts]
+        scores = iter(self.scorer(sequences))
+        return [[next(scores) for _ in texts] for texts in completions]

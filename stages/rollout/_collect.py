@@ -1,0 +1,177 @@
+"""Completions with rewards, for the stage rollout.sample and for online RL: one set of fields, one way to make them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.stage import Artifact, ConfigError, Context, CuveeError, names, option, resolve, unknown
+
+
+@dataclass
+class SampleConfig:
+    engine: str = option("transformers", "what generates", "rollout/engines")
+    mix: dict[str, float] = option({}, "share of each domain's prompts; empty takes all domains equally")
+    completions: int = option(4, "completions sampled of each prompt (k)")
+    max_new_tokens: int = option(1024, "longest completion in tokens")
+    temperature: float = option(1.0, "of sampling; 0 takes the likeliest token")
+    with_answer: bool = option(False, "add the prompt's reference answer as one more completion")
+    rewards: dict[str, float] = option(
+        {}, "weight of each reward of stages/rewards by name; empty takes the verifier alone"
+    )
+
+    def reward_weights(self) -> dict[str, float]:
+        """Name -> weight, in alphabetical order, those of weight 0 left out. A dictionary default would stay in every
+        configuration that names other rewards: that is why the verifier is implied, not the default."""
+        return {name: weight for name, weight in sorted((self.rewards or {"verifier": 1.0}).items()) if weight}
+
+    def check_sampling(self, inputs: dict[str, Any]) -> None:
+        """Raises ConfigError for what no run could sample or judge. inputs: the stage's, by argument."""
+        check_mix(self.mix, inputs)
+        for name in self.rewards:
+            if name not in names("rewards"):
+                raise ConfigError(f"rewards: {unknown(name, names('rewards'))}")
+        if not self.reward_weights():
+            raise ConfigError(
+                f"rewards: {self.rewards} rewards nothing; give at least one reward a weight other than 0"
+            )
+        if self.rewards.get("reward_model") and "reward" not in inputs:
+            raise ConfigError("rewards: reward_model has a weight, but the stage has no input `reward`; give it one")
+        if self.completions + self.with_answer < 1 or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"completions: {self.completions} of {self.max_new_tokens} tokens sample nothing; give at least 1 of each"
+            )
+
+
+def check_mix(mix: dict[str, float], inputs: dict[str, Any]) -> None:
+    """Raises ConfigError for a share of a domain without prompts, a negative one, or none at all."""
+    for domain, share in mix.items():
+        if domain not in inputs.get("prompts", {}):
+            raise ConfigError(f"mix: {unknown(domain, sorted(inputs.get('prompts', {})))}")
+        if share < 0:
+            raise ConfigError(f"mix.{domain}: {share} is negative; shares are 0 or more")
+    if mix and not any(mix.values()):
+        raise ConfigError("mix: all shares are 0; give at least one domain a share")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows, whole or not at all: a reader after a crash finds the old file or the new one."""
+    from stages.store.record import write_atomic
+
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows).encode())
+
+
+def load_prompts(prompts: dict[str, Artifact], mix: dict[str, float], split: str = "train") -> dict[str, list[dict]]:
+    """The prompts of each domain with a share, domains in alphabetical order. Raises CuveeError for an empty one."""
+    found = {}
+    for domain in sorted(prompts):
+        if not mix or mix.get(domain, 0.0) > 0:
+            path = prompts[domain].path / f"{split}.jsonl"
+            found[domain] = read_jsonl(path)
+            if not found[domain]:
+                raise CuveeError(f"{path} holds no prompt; raise the counts of prompts-{domain} or leave it out of mix")
+    return found
+
+
+def schedule(sizes: dict[str, int], mix: dict[str, float], count: int, seed: int) -> list[tuple[str, int]]:
+    """`count` draws (domain, index): domains at random by their shares, each domain's items in shuffled epochs.
+
+    A function of its arguments alone, so that a resumed run draws what the uninterrupted one would have drawn.
+    """
+    import numpy as np
+
+    domains = sorted(sizes)
+    shares = np.array([mix.get(d, 0.0) if mix else 1.0 for d in domains], dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    order: dict[str, list[int]] = {d: [] for d in domains}
+    found = []
+    for choice in rng.choice(len(domains), size=count, p=shares / shares.sum()):
+        domain = domains[choice]
+        if not order[domain]:
+            order[domain] = rng.permutation(sizes[domain]).tolist()
+        found.append((domain, order[domain].pop()))
+    return found
+
+
+def answer_ids(tokenizer: Any, messages: list[dict], answer: str) -> list[int]:
+    """Tokens of the assistant's turn with `answer`, the end of turn included, as they follow the rendered prompt.
+
+    Raises CuveeError when the chat template does not write a prompt as the beginning of the whole conversation.
+    """
+    from stages.chat.render import render
+
+    prompt = render(tokenizer, messages, generation=True).ids
+    whole = render(tokenizer, [*messages, {"role": "assistant", "content": answer}]).ids
+    if whole[: len(prompt)] != prompt:
+        raise CuveeError("chat template: a prompt is not the beginning of the same conversation with its answer; "
+                         "mend the template, its generation prompt must be what it writes before an answer")  # fmt: skip
+    return whole[len(prompt) :]
+
+
+class Sampler:
+    """Samples completions of prompts and rewards them. `engine` may be synced to new weights between calls."""
+
+    def __init__(self, config: SampleConfig, engine: Any, ctx: Context, reward_model: Path | None):
+        from stages.chat.template import END_OF_TURN
+
+        self.config, self.engine, self.tokenizer = config, engine, engine.tokenizer
+        self.stop = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.rewards = {
+            name: resolve("rewards", name).Reward(ctx, reward_model if name == "reward_model" else None)
+            for name in config.reward_weights()
+        }
+
+    def __call__(self, prompts: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+        """One row a prompt, as in the artifact PAIRS: the prompt's own fields, `completions` (texts, special tokens
+        shown, without the end of turn), `tokens` (their ids, with it), `rewards` (weighted sums) and `parts`
+        (reward name -> values). The reference answer, if asked for, is the last completion."""
+        from stages.chat.render import render
+
+        config = self.config
+        ids = [render(self.tokenizer, p["messages"], generation=True).ids for p in prompts]
+        made: list[list] = [[] for _ in prompts]
+        if config.completions:
+            made = self.engine.generate(
+                ids, n=config.completions, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                seed=seed, stop=[self.stop],
+            )  # fmt: skip
+        texts = [[c.text for c in row] for row in made]
+        tokens = [[c.ids for c in row] for row in made]
+        if config.with_answer:
+            for prompt, text, token in zip(prompts, texts, tokens, strict=True):
+                text.append(prompt["answer"])
+                token.append(answer_ids(self.tokenizer, prompt["messages"], prompt["answer"]))
+        weights = config.reward_weights()
+        parts = {name: reward(prompts, texts) for name, reward in self.rewards.items()}
+        rows = []
+        for i, prompt in enumerate(prompts):
+            own = {name: [float(v) for v in values[i]] for name, values in parts.items()}
+            total = [sum(weights[name] * own[name][j] for name in own) for j in range(len(texts[i]))]
+            rows.append({**prompt, "completions": texts[i], "tokens": tokens[i], "rewards": total, "parts": own})
+        return rows
+
+
+def statistics(rows: list[dict[str, Any]], sampled: int) -> dict[str, float]:
+    """Means over the first `sampled` completions of each row: reward, its parts, length in tokens; the share of prompts
+    whose rewards differ (only those teach); `best`, the mean of each prompt's highest reward."""
+    import numpy as np
+
+    rows = [row for row in rows if row["rewards"][:sampled]]
+    if not rows:
+        return {}
+    mean = lambda values: float(np.mean([v for row in values for v in row]))  # noqa: E731
+    rewards = [row["rewards"][:sampled] for row in rows]
+    found = {
+        "reward": mean(rewards),
+        "best": float(np.mean([max(r) for r in rewards])),
+        "contrast": float(np.mean([max(row["rewards"]) > min(row["rewards"]) for row in rows])),
+        "length": mean([[len(t) for t in row["tokens"][:sampled]] for row in rows]),
+    }
+    for name in rows[0]["parts"]:
+        found[f"reward/{name}"] = mean([row["parts"][name][:sampled] for row in rows])
+    return found

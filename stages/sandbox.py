@@ -1,0 +1,137 @@
+"""Untrusted Python programs, many in one subprocess round: a warden process forks one child a program.
+
+    outcomes = run([Program("def f(x):\n    return x + 3", ["f(1)", "f(-3)"])])     # outcomes[0].values == ["4", "0"]
+
+Every program runs in a fresh child with limits on wall and CPU time, memory, files, output and processes (none, threads
+neither), with an empty environment, an empty working directory, and no file descriptor but its own output. The child
+evaluates the calls and sends back their `repr`; what was expected stays outside, so a program can't read or forge it.
+
+What each level gives, strongest first (`best_level()` is the first that works here):
+
+- "namespaces": own user (when not root), mount, pid, network, IPC and UTS namespaces. The root is an empty tmpfs with
+  the interpreter and system libraries mounted read-only: no other file, process or network exists for the program. As
+  root the program runs as uid 65534, otherwise as the calling user; without capabilities in either case.
+- "bubblewrap": the same walls built by `bwrap`, for users of hosts where only it may create namespaces.
+- "rlimits": a machine without namespaces (many containers). Resource limits hold. As root the program runs as uid
+  65534 and can read what is world-readable; otherwise it has the caller's own rights. An audit hook inside the
+  interpreter refuses files, sockets, processes and signals: enough for accidents and for what a model writes, NOT
+  against an attacker who breaks the interpreter.
+
+No level stops timing side channels or kernel exploits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from stages._warden import DEVICES, visible
+from stages.stage import CuveeError, unknown
+
+LEVELS = ("namespaces", "bubblewrap", "rlimits")
+LIMITS = {"seconds": 1.0, "wall_seconds": 20.0, "memory_mb": 256, "file_mb": 1}  # seconds of CPU time
+_WARDEN = Path(__file__).with_name("_warden.py")
+
+
+@dataclass(frozen=True)
+class Program:
+    """`source` is executed, then each expression of `calls` evaluated in its namespace."""
+
+    source: str
+    calls: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """status: "ok" (all calls were evaluated), "error" (the source raised), "timeout", "killed" (crash, memory).
+
+    values: one entry a call, its `repr` (at most 10,000 characters), or None where it raised or was never reached.
+    output: stdout and stderr together; a program that prints more than a pipe holds (64 KiB) gets an error. error: the first exception, one line.
+    """
+
+    status: str
+    values: list[str | None]
+    output: str
+    error: str
+
+
+def run(programs: list[Program], limits: dict[str, float] | None = None, level: str = "") -> list[Outcome]:
+    """One outcome a program, in order. limits: overrides of LIMITS, each for one program. level: "" for the best here.
+
+    Raises CuveeError when the sandbox itself fails; whatever a program does is an Outcome.
+    """
+    limits = {**LIMITS, **(limits or {})}
+    if not programs:
+        return []
+    level = level or best_level()
+    if level not in LEVELS:
+        raise CuveeError(f"sandbox level: {unknown(level, list(LEVELS))}")
+    lines = [json.dumps([p.source, p.calls]) + "\n" for p in programs]
+    tasks = list(dict.fromkeys(lines))  # sampled programs repeat: one run each
+    with tempfile.TemporaryDirectory(prefix="cuvee-sandbox-", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o711)
+        answer, reason = _round(level, folder, limits, "".join(tasks), 20 + len(tasks) * (limits["wall_seconds"] + 1))
+    answers = answer.decode().splitlines()
+    if len(answers) != len(tasks):
+        raise CuveeError(
+            f"the sandbox (level {level}) ended after {len(answers)} of {len(tasks)} programs: {reason or 'no message'}; "
+            f"allow unprivileged user namespaces, or install bubblewrap, or run elsewhere"
+        )
+    outcome = {task: Outcome(**json.loads(line)) for task, line in zip(tasks, answers, strict=True)}
+    return [outcome[line] for line in lines]
+
+
+def _round(level: str, folder: str, limits: dict[str, float], tasks: str, patience: float) -> tuple[bytes, str]:
+    """The warden's answer to all tasks and, where it failed, the last line it said."""
+    # The base interpreter, isolated: no site-packages, no PYTHON* variables; its program as text, since the walls
+    # leave it no way back to this folder.
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _WARDEN.read_text("utf-8")]
+    command = [*_bubblewrap(level), *python, level, folder, json.dumps(limits)]
+    with tempfile.TemporaryFile() as log:
+        warden = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env={}, cwd="/", start_new_session=True
+        )
+        try:
+            answer = warden.communicate(tasks.encode(), patience)[0]
+        except subprocess.TimeoutExpired:
+            answer = b""
+        finally:
+            if warden.poll() is None:
+                os.killpg(warden.pid, signal.SIGKILL)
+            warden.wait()
+        log.seek(0)
+        return answer, log.read().decode(errors="replace").strip().rpartition("\n")[2]
+
+
+def _bubblewrap(level: str) -> list[str]:
+    if level != "bubblewrap":
+        return []
+    binds = [part for path in visible() for part in ("--ro-bind", path, path)]
+    binds += [part for path in DEVICES for part in ("--dev-bind", path, path)]  # --dev would cost the warden its rights
+    return [
+        "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-add", "CAP_SYS_ADMIN", *binds,
+        "--proc", "/proc", "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--",
+    ]  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def best_level() -> str:
+    """The strongest level that runs a trivial program here; found once a process. Raises CuveeError if none does."""
+    reasons = []
+    for level in LEVELS:
+        if level == "bubblewrap" and (os.geteuid() == 0 or not shutil.which("bwrap")):
+            continue  # root inside bwrap's user namespace would escape the limit on processes
+        try:
+            if run([Program("x = 1", ["x + 1"])], {"wall_seconds": 60.0}, level)[0].values == ["2"]:
+                return level
+        except CuveeError as error:
+            reasons.append(str(error))
+    raise CuveeError(f"no level of the sandbox runs on this machine (it needs Linux): {'; '.join(reasons)}")

@@ -1,0 +1,40 @@
+"""What the task files share: the shape of a prompt, and the reading of numbers and sentences."""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from typing import Any
+
+from stages.chat.template import SPECIAL_TOKENS
+
+
+def prompt(user: str, answer: str, check: dict[str, Any], system: str = "", **extra: Any) -> dict[str, Any]:
+    """A line of a PROMPTS artifact, but for its id and domain. check: what the domain's `verify` needs."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*messages, {"role": "user", "content": user}], "answer": answer, "check": check, **extra}
+
+
+def numbers(text: str) -> list[int]:
+    """The integers in a text, in order; thousands may be separated by commas, a sign must touch its digits."""
+    return [int(found.replace(",", "")) for found in re.findall(r"(?<![\w.])-?\d{1,3}(?:,\d{3})+\b|-?\d{1,18}", text)]
+
+
+def plain(text: str) -> str:
+    """For comparing short answers: NFKC, one case, no quotes or punctuation at the ends, single spaces."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.strip(" .,;:!?\"'`“”„«»「」。")
+
+
+def sentences(documents: list[dict], rng: random.Random, shortest: int = 30, longest: int = 200) -> list[str]:
+    """Sentences of the prose among the documents (of all of them where none is prose), in an order that rng decides."""
+    texts = [d["text"] for d in documents if d.get("domain") == "prose"] or [d["text"] for d in documents]
+    found = []
+    for text in rng.sample(texts, min(len(texts), 400)):
+        for line in re.split(r"(?<=[.!?])\s+|\n\s*\n", text):
+            line = " ".join(line.split())
+            if shortest <= len(line) <= longest and line[-1] in ".!?" and not any(t in line for t in SPECIAL_TOKENS):
+                found.append(line)
+    rng.shuffle(found)
+    return found

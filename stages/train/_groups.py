@@ -1,0 +1,183 @@
+"""Rows of PAIRS (completions with rewards) to groups of sequences, in the shape that an objective asks for.
+
+An objective's GROUP says what a group is: "single" (one conversation), "pair" (preferred and other), "revisions" (the six
+sequences of a pair that SRPO needs), "completions" (all k of a prompt, with their rewards). Every sequence carries the
+same fields: reward, chosen, draft, label, margin, sft (see stages/objectives); sft is 1 on the plain preferred one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stages.rollout._collect import answer_ids
+from stages.stage import ConfigError, identity, option, parse, resolve
+from stages.trainer.batch import Group, Loss, Packed, Sequence
+
+REVISE = "Improve your answer."  # the user's turn after a draft, from which the policy answers again (SRPO's reviser)
+
+
+@dataclass
+class ObjectiveConfig:
+    objective: str = option("copg", "what is optimised", "objectives")
+    options: dict[str, Any] = option({}, "options of the objective, e.g. beta; see stages/objectives/<objective>.py")
+    sft_weight: float = option(
+        0.0, "weight of a cross-entropy term on each group's best completion, averaged over its tokens"
+    )
+    min_gap: float = option(0.0, "least difference between the highest and the lowest reward of a group")
+
+    def resolve(self, *groups: str) -> tuple[Any, Any]:
+        """(module, its Config). Raises ConfigError for an unknown option, or an objective whose GROUP is another."""
+        module = resolve("objectives", self.objective)
+        if module.GROUP not in groups:
+            raise ConfigError(
+                f"objective: {self.objective} trains on {module.GROUP}; this stage gives {', '.join(groups)}"
+            )
+        options = parse(module.Config, self.options, "options")
+        if getattr(options, "beta", 1.0) <= 0:
+            raise ConfigError(f"options.beta: {options.beta} leaves no pull to the reference; give more than 0")
+        return module, options
+
+    def external(self) -> dict[str, Any]:
+        """The objective's whole configuration, defaults included: a changed default must change the address."""
+        module = resolve("objectives", self.objective)
+        return {"options": identity(parse(module.Config, self.options, "options"))}
+
+
+def objective(config: ObjectiveConfig, *groups: str) -> Callable[[Packed], Loss]:
+    """The objective with its options, plus sft_weight times the mean negative log-likelihood of the tokens of each
+    group's sequence with sft = 1 (Pang et al., arXiv 2404.19733, eq. 1: the NLL divided by the length)."""
+    module, options = config.resolve(*groups)
+
+    def loss(batch: Packed) -> Loss:
+        from stages.objectives._common import length
+
+        found = module.loss(batch, options)
+        if config.sft_weight:
+            mean = -batch.sums(batch.logprobs) / length(batch).clamp(min=1)
+            nll = (mean * batch.fields["sft"]).sum()
+            found.sum = found.sum + config.sft_weight * nll
+            found.metrics["nll"] = nll.detach()
+        return found
+
+    return loss
+
+
+def make_sequence(prompt: list[int], completion: list[int], **fields: float) -> Sequence:
+    """The prompt and the completion it is followed by; only the completion is a target."""
+    tokens = np.array(prompt + completion, np.int32)
+    mask = np.zeros(len(tokens), np.float32)
+    mask[len(prompt) :] = 1
+    empty = {"reward": 0.0, "chosen": 1.0, "draft": -1.0, "label": 1.0, "margin": 0.0, "sft": 0.0}
+    return Sequence(tokens, mask, empty | fields)
+
+
+class Grouper:
+    """Builds groups of one kind. Limits: sequence_length in tokens; the highest and lowest reward of a
+    group differ by min_gap at least, and those of a pair always differ.
+
+    soft_label s > 0 labels a pair p = sigmoid(s * gap) instead of 1; margin m asks for a score gap of m * gap.
+    """
+
+    def __init__(
+        self, tokenizer: Any, kind: str, sequence_length: int, *, min_gap=0.0, soft_label=0.0, margin=0.0, per_prompt=1
+    ):
+        self.tokenizer, self.kind, self.sequence_length = tokenizer, kind, sequence_length
+        self.min_gap, self.soft_label, self.margin, self.per_prompt = min_gap, soft_label, margin, per_prompt
+
+    def __call__(self, row: dict[str, Any]) -> list[Group]:
+        """The groups of one row; empty where its rewards do not differ enough or a sequence is too long."""
+        from stages.chat.render import render
+
+        prompt = render(self.tokenizer, row["messages"], generation=True).ids
+        completions = row.get("tokens") or [answer_ids(self.tokenizer, row["messages"], c) for c in row["completions"]]
+        build = {
+            "single": self._single,
+            "pair": self._pairs,
+            "completions": self._completions,
+            "revisions": self._revisions,
+        }
+        groups = build[self.kind](prompt, completions, row)
+        return [g for g in groups if all(len(s.tokens) <= self.sequence_length for s in g)]
+
+    def _single(self, prompt, completions, row) -> list[Group]:
+        sequence = make_sequence(prompt, completions[int(np.argmax(row["rewards"]))])
+        return [[Sequence(sequence.tokens, sequence.mask)]]
+
+    def _completions(self, prompt, completions, row) -> list[Group]:
+        if len(completions) < 2 or max(row["rewards"]) - min(row["rewards"]) < self.min_gap:
+            return []
+        best = int(np.argmax(row["rewards"]))
+        rewards = enumerate(zip(completions, row["rewards"], strict=True))
+        return [[make_sequence(prompt, c, reward=r, sft=float(i == best)) for i, (c, r) in rewards]]
+
+    def _contrasts(self, rewards: list[float]) -> list[tuple[int, int]]:
+        """(better, worse), the widest gaps first: the first is the highest against the lowest reward."""
+        n = range(len(rewards))
+        found = [
+            (w, low) for w in n for low in n if rewards[w] - rewards[low] >= self.min_gap and rewards[w] > rewards[low]
+        ]
+        return sorted(found, key=lambda pair: (rewards[pair[1]] - rewards[pair[0]], pair))[: self.per_prompt]
+
+    def _pairs(self, prompt, completions, row) -> list[Group]:
+        groups = []
+        for w, low in self._contrasts(row["rewards"]):
+            gap = row["rewards"][w] - row["rewards"][low]
+            label = 1 / (1 + math.exp(-self.soft_label * gap)) if self.soft_label else 1.0
+            own = {"label": label, "margin": self.margin * gap}
+            groups.append([
+                make_sequence(prompt, completions[w], chosen=1.0, sft=1.0, reward=row["rewards"][w], **own),
+                make_sequence(prompt, completions[low], chosen=0.0, reward=row["rewards"][low], **own),
+            ])  # fmt: skip
+        return groups
+
+    def _revisions(self, prompt, completions, row) -> list[Group]:
+        from stages.chat.render import render
+
+        groups = []
+        for w, low in self._contrasts(row["rewards"]):
+            sides = {1.0: w, 0.0: low}
+            prompts = {-1.0: prompt}
+            for draft, i in sides.items():
+                prompts[draft] = render(
+                    self.tokenizer, revise(row["messages"], row["completions"][i]), generation=True
+                ).ids
+            groups.append([
+                make_sequence(prompts[draft], completions[i], chosen=chosen, draft=draft, reward=row["rewards"][i],
+                              sft=float(chosen == 1 and draft == -1))
+                for draft in (-1.0, 0.0, 1.0)
+                for chosen, i in sides.items()
+            ])  # fmt: skip
+        return groups
+
+
+def revise(messages: list[dict[str, str]], draft: str) -> list[dict[str, str]]:
+    """The conversation that asks the policy to improve a draft of its own (a raw completion)."""
+    from stages.chat.render import response
+
+    return [*messages, {"role": "assistant", "content": response(draft)}, {"role": "user", "content": REVISE}]
+
+
+class Groups:
+    """A Stream over groups that are all known at the start: shuffled epochs from the seed, `batch_groups` a step."""
+
+    def __init__(self, groups: list[Group], batch_groups: int, seed: int):
+        self.groups, self.batch_groups, self.seed = groups, batch_groups, seed
+
+    def batch(self, step: int, trainer: Any) -> list[Group]:
+        return [
+            self.groups[i]
+            for i in epoch_slice(len(self.groups), step * self.batch_groups, self.batch_groups, self.seed)
+        ]
+
+
+def epoch_slice(size: int, start: int, count: int, seed: int) -> list[int]:
+    """Items start .. start + count of an endless row of shuffled epochs over range(size)."""
+    found: list[int] = []
+    while len(found) < count:
+        epoch, at = divmod(start + len(found), size)
+        order = np.random.default_rng([seed, epoch]).permutation(size)
+        found += order[at : at + count - len(found)].tolist()
+    return found

@@ -1,0 +1,75 @@
+"""Offline preference training on sampled completions: DPO, IPO, SRPO or CoPG, against the starting model as reference."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from stages.rollout._collect import read_jsonl
+from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
+from stages.train._groups import ObjectiveConfig
+from stages.trainer.config import TrainConfig
+
+VERSION = "1"
+INPUTS = {"init": Input(Kind.CHECKPOINT), "pairs": Input(Kind.PAIRS)}
+OUTPUT = Kind.CHECKPOINT
+KINDS = ("pair", "revisions", "completions")
+
+
+@dataclass
+class Config(ObjectiveConfig, TrainConfig):
+    objective: str = option("srpo", "what is optimised", "objectives")
+    lr: float = option(1e-6, "peak learning rate")
+    batch_groups: int = option(64, "prompts an optimizer step")
+    pairs_per_prompt: int = option(1, "pairs made of each prompt's completions, those furthest apart in reward first")
+    min_mean_reward: Optional[float] = option(
+        None, "prompts whose completions are rewarded less on average are left out"
+    )
+
+
+def check(config: Config, inputs: dict[str, Any]) -> None:
+    config.check("preference")
+    config.resolve(*KINDS)
+    if config.batch_groups < 1 or config.pairs_per_prompt < 1:
+        raise ConfigError(
+            f"preference: batch_groups is {config.batch_groups}, pairs_per_prompt {config.pairs_per_prompt}; give at least 1"
+        )
+
+
+def external(config: Config) -> dict[str, Any]:
+    return config.external()
+
+
+def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
+    sequences = {"pair": 2, "revisions": 6, "completions": 4}[config.resolve(*KINDS)[0].GROUP]
+    tokens = config.steps * config.batch_groups * sequences * config.sequence_length
+    return Estimate(parameters=inputs["init"].parameters, train_tokens=tokens)
+
+
+def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
+    """Train and write the CHECKPOINT folder. Raises CuveeError when no prompt's rewards tell completions apart."""
+    from transformers import AutoTokenizer
+
+    from stages.train._groups import Grouper, Groups, objective
+    from stages.trainer.loop import train
+
+    init: Path = inputs["init"].path
+    module, _ = config.resolve(*KINDS)
+    rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
+    floor = config.min_mean_reward
+    good = [r for r in rows if r["rewards"] and (floor is None or sum(r["rewards"]) / len(r["rewards"]) >= floor)]
+    grouper = Grouper(
+        AutoTokenizer.from_pretrained(init), module.GROUP, config.sequence_length, min_gap=config.min_gap,
+        per_prompt=config.pairs_per_prompt,
+    )  # fmt: skip
+    groups = [group for row in good for group in grouper(row)]
+    if not groups:
+        raise CuveeError(
+            f"preference: none of {len(rows)} prompts gives a {module.GROUP} group ({len(good)} above min_mean_reward, "
+            f"min_gap {config.min_gap}, sequence_length {config.sequence_length}); sample more or loosen these"
+        )
+    ctx.log(f"{len(groups)} groups ({module.GROUP}) from {len(good)} of {len(rows)} prompts")
+    metrics = train(
+        config=config, stream=Groups(groups, config.batch_groups, config.seed), objective=objective(config, *KINDS),
+        out=out, ctx=ctx, init=init, tokenizer=init, reference=init if module.NEEDS_REFERENCE else None,
+    )  # fmt: skip
+    return metrics | {"groups": len(groups)}

@@ -1,0 +1,157 @@
+"""Supervised fine-tuning: on reference answers, or on the best of N sampled completions, with the prompt masked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.rollout._collect import check_mix, load_prompts, read_jsonl, schedule
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option
+from stages.trainer.config import TrainConfig
+
+VERSION = "1"
+INPUTS = {
+    "init": Input(Kind.CHECKPOINT),
+    "prompts": Input(Kind.PROMPTS, many=True, optional=True),
+    "pairs": Input(Kind.PAIRS, optional=True),
+    "tokens": Input(Kind.TOKENS, optional=True),
+}
+OUTPUT = Kind.CHECKPOINT
+
+
+@dataclass
+class Config(TrainConfig):
+    lr: float = option(1e-5, "peak learning rate")
+    batch_groups: int = option(64, "conversations an optimizer step")
+    mix: dict[str, float] = option({}, "share of each domain's conversations; empty takes all domains equally")
+    min_reward: float = option(0.0, "with input `pairs`: prompts whose best completion is rewarded less are left out")
+    replay: float = option(0.0, "pretraining documents (input `tokens`) for each conversation, 0 to 1")
+
+
+def check(config: Config, inputs: dict[str, Any]) -> None:
+    config.check("sft")
+    check_mix(config.mix, inputs)
+    if ("prompts" in inputs) == ("pairs" in inputs):
+        raise ConfigError("sft: give one of the inputs `prompts` (reference answers) and `pairs` (best of N), not both")
+    if config.replay and "tokens" not in inputs:
+        raise ConfigError(f"sft.replay: {config.replay} asks for pretraining documents; give the input `tokens`")
+    if config.batch_groups < 1 or not 0 <= config.replay <= 1:
+        raise ConfigError(
+            f"sft: batch_groups is {config.batch_groups}, replay {config.replay}; give at least 1 and 0 to 1"
+        )
+
+
+def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
+    tokens = config.steps * config.batch_groups * config.sequence_length
+    return Estimate(parameters=inputs["init"].parameters, train_tokens=tokens)
+
+
+def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
+    """Train and write the CHECKPOINT folder. Raises CuveeError when no conversation is short or good enough."""
+    from transformers import AutoTokenizer
+
+    from stages.objectives import ce
+    from stages.trainer.loop import train
+
+    init: Path = inputs["init"].path
+    tokenizer = AutoTokenizer.from_pretrained(init)
+    make = BestOfN if "pairs" in inputs else Conversations
+    stream = make(config, inputs, tokenizer, ctx)
+    return train(
+        config=config, stream=stream, objective=lambda batch: ce.loss(batch, ce.Config()), out=out, ctx=ctx,
+        init=init, tokenizer=init,
+    )  # fmt: skip
+
+
+class Conversations:
+    """A Stream over prompts with their reference answers, drawn by `mix`; conversations that are too long are left out."""
+
+    def __init__(self, config: Config, inputs: dict[str, Any], tokenizer: Any, ctx: Context):
+        self.config, self.tokenizer, self.ctx = config, tokenizer, ctx
+        self.prompts, self.dropped = load_prompts(inputs["prompts"], config.mix), 0
+        sizes = {domain: len(rows) for domain, rows in self.prompts.items()}
+        self.drawn = schedule(sizes, config.mix, config.steps * config.batch_groups, config.seed)
+        self.replay = Replay(config, inputs["tokens"]) if config.replay else None
+
+    def batch(self, step: int, trainer: Any) -> list:
+        slots = self.drawn[step * self.config.batch_groups :][: self.config.batch_groups]
+        groups = [[s] for s in (self._sequence(self.prompts[domain][i]) for domain, i in slots) if s]
+        if not groups:
+            raise CuveeError(
+                f"sft.sequence_length: all {len(slots)} conversations of step {step} are longer than "
+                f"{self.config.sequence_length} tokens; raise it or leave the domain out of mix"
+            )
+        return groups + (self.replay.batch(step, groups) if self.replay else [])
+
+    def _sequence(self, prompt: dict[str, Any]):
+        import numpy as np
+
+        from stages.chat.render import render
+        from stages.trainer.batch import Sequence
+
+        answer = {"role": "assistant", "content": prompt["answer"]}
+        rendered = render(self.tokenizer, [*prompt["messages"], answer])
+        if len(rendered.ids) > self.config.sequence_length:
+            if not self.dropped:
+                self.ctx.log(
+                    f"{prompt['id']}: {len(rendered.ids)} tokens, sequence_length is {self.config.sequence_length}; "
+                    "this conversation and all others that are too long are left out"
+                )
+            self.dropped += 1
+            return None
+        return Sequence(np.array(rendered.ids, np.int32), np.array(rendered.mask, np.float32))
+
+
+class Replay:
+    """Beginnings of random training documents. Each weighs as many targets as the mean conversation of its batch, so that
+    `replay` is their share of the loss too, relative to the conversations'."""
+
+    def __init__(self, config: Config, tokens: Artifact):
+        from stages.data.indexed import IndexedTokens
+
+        self.config = config
+        self.files = [IndexedTokens(p.with_suffix("")) for p in sorted(tokens.path.glob("train-*.idx"))]
+        self.files = [f for f in self.files if len(f)]
+        if not self.files:
+            raise CuveeError(f"{tokens.path} holds no training documents for sft.replay; set replay=0")
+
+    def batch(self, step: int, groups: list) -> list:
+        import numpy as np
+
+        from stages.trainer.batch import Sequence
+
+        rng = np.random.default_rng([self.config.seed, step])
+        mean = sum(float(g[0].mask.sum()) for g in groups) / len(groups)
+        shares = np.array([f.lengths.sum() for f in self.files], np.float64)
+        found = []
+        for which in rng.choice(len(self.files), round(self.config.replay * len(groups)), p=shares / shares.sum()):
+            file = self.files[which]
+            tokens = file.document(int(rng.integers(len(file))))[: self.config.sequence_length].astype(np.int32)
+            if len(tokens) > 1:
+                found.append([Sequence(tokens, np.full(len(tokens), mean / (len(tokens) - 1), np.float32))])
+        return found
+
+
+class BestOfN:
+    """A Stream over each prompt's highest-rewarded completion, if rewarded at least min_reward."""
+
+    def __init__(self, config: Config, inputs: dict[str, Any], tokenizer: Any, ctx: Context):
+        from stages.train._groups import Grouper, Groups
+
+        rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
+        good = [row for row in rows if row["rewards"] and max(row["rewards"]) >= config.min_reward]
+        grouper = Grouper(tokenizer, "single", config.sequence_length)
+        groups = [g for row in good for g in grouper(row)]
+        if not groups:
+            raise CuveeError(
+                f"sft.min_reward: of {len(rows)} prompts {len(good)} have a completion rewarded {config.min_reward} or more, "
+                f"none within sequence_length {config.sequence_length}; lower min_reward or sample more"
+            )
+        ctx.log(
+            f"best of N: {len(groups)} of {len(rows)} prompts have a completion rewarded {config.min_reward} or more"
+        )
+        self.groups = Groups(groups, config.batch_groups, config.seed)
+        self.replay = Replay(config, inputs["tokens"]) if config.replay else None
+
+    def batch(self, step: int, trainer: Any) -> list:
+        groups = self.groups.batch(step, trainer)
+        return groups + (self.replay.batch(step, groups) if self.replay else [])

@@ -1,0 +1,114 @@
+"""Kill a training run anywhere, start it again: the same bytes as without the kill. Processes are forked from one
+that has imported torch and Megatron-core, as stages are."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.run import AGAIN
+from tests.resume import trainer_run
+from tests.unit.tiny import tokenizer
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([*trainer_run.PRELOAD, "tests.resume.trainer_run"])
+
+
+def start(root: Path, words: Path, **options) -> multiprocessing.Process:
+    process = FORKS.Process(target=trainer_run.run, args=(root, words), kwargs=options)
+    process.start()
+    return process
+
+
+def finish(root: Path, words: Path, **options) -> int:
+    process = start(root, words, **options)
+    process.join(60)
+    return process.exitcode
+
+
+def outcome(root: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((root / "out").iterdir())}
+
+
+def series(root: Path) -> dict[int, float]:
+    """Loss by step; where a step was repeated, both times must have given the same."""
+    found: dict[int, set[float]] = {}
+    for line in (root / "scratch/metrics.jsonl").read_text().splitlines():
+        point = json.loads(line)
+        found.setdefault(point["step"], set()).add(point["loss"])
+    assert all(len(losses) == 1 for losses in found.values())
+    return {step: losses.pop() for step, losses in sorted(found.items())}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return tokenizer(tmp_path_factory.mktemp("words") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, words):
+    root = tmp_path_factory.mktemp("whole")
+    assert finish(root, words) == 0
+    return root
+
+
+def test_killed_at_named_moments(tmp_path, words, whole):
+    kills = [
+        {"die_at": 2}, {"die_at": 4}, {"die_in": "save"}, {"die_in": "removal", "die_at": 11}, {"die_at": 10},
+        {"die_in": "publish"},
+    ]  # fmt: skip
+    for kill in kills:
+        assert finish(tmp_path, words, **kill) == -signal.SIGKILL, kill
+    assert finish(tmp_path, words) == 0
+    assert outcome(tmp_path) == outcome(whole)
+    assert series(tmp_path) == series(whole) and len(series(whole)) == 12
+
+
+def test_killed_at_random_moments(tmp_path, words, whole):
+    rng, kills = random.Random(0), 0
+    for _ in range(12):
+        process = start(tmp_path, words)
+        process.join(rng.uniform(0.1, 0.6))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        if process.exitcode == 0:
+            break
+    else:
+        assert finish(tmp_path, words) == 0
+    assert kills and outcome(tmp_path) == outcome(whole) and series(tmp_path) == series(whole)
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, words, whole):
+    process = start(tmp_path, words, save_every=0)
+    log = tmp_path / "scratch/metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.005)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == AGAIN
+    assert len(list((tmp_path / "scratch/checkpoints").glob("*/commit.json"))) == 1
+    done = log.read_text().count("\n")
+    assert 2 <= done < 12
+    assert finish(tmp_path, words) == 0
+    assert outcome(tmp_path) == outcome(whole)
+    assert log.read_text().count("\n") == 12  # no step was repeated
+
+
+def test_a_finished_run_is_published_without_training(tmp_path, words, whole):
+    assert finish(tmp_path, words, out="elsewhere") == 0
+    (tmp_path / "scratch/metrics.jsonl").unlink()
+    assert finish(tmp_path, words) == 0
+    assert outcome(tmp_path) == outcome(whole) and not (tmp_path / "scratch/metrics.jsonl").exists()
+
+
+def test_two_checkpoints_are_kept(whole):
+    assert [p.name for p in sorted((whole / "scratch/checkpoints").iterdir())] == ["0000000009", "0000000012"]

@@ -1,0 +1,82 @@
+"""A tiny training run in a process of its own, which can be told to die. Used by the resume and parallel tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from stages.model.config import ModelConfig
+from stages.trainer.batch import Sequence
+from stages.trainer.config import TrainConfig
+
+PRELOAD = ["torch", "megatron.core.models.gpt", "megatron.core.optimizer", "stages.trainer.loop"]
+SIZES = ModelConfig(
+    num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=8,
+    vocab_size=288, sliding_window=16, logit_scale=1.0, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def config(**changes) -> TrainConfig:
+    values = dict(
+        steps=12, sequence_length=64, seed=3, lr=1e-2, warmup_steps=2, micro_batch_tokens=256, save_every=3, log_every=5
+    )
+    return TrainConfig(**values | changes)
+
+
+class Counting:
+    """Documents that count upwards in steps of 1 to 3: learnable at once. Pairs share a group."""
+
+    def __init__(self, seed: int = 0, groups: int = 12, die_at: int = -1):
+        self.seed, self.groups, self.die_at = seed, groups, die_at
+
+    def batch(self, step: int, trainer) -> list[list[Sequence]]:
+        if step == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rng = np.random.default_rng([self.seed, step])
+        return [[self._sequence(rng) for _ in range(rng.integers(1, 3))] for _ in range(self.groups)]
+
+    @staticmethod
+    def _sequence(rng: np.random.Generator) -> Sequence:
+        length = int(rng.integers(2, 50))
+        tokens = (rng.integers(0, 250) + rng.integers(1, 4) * np.arange(length)) % 280 + 8
+        return Sequence(tokens.astype(np.int32), (rng.random(length) < 0.8).astype(np.float32), {"label": 1.0})
+
+
+def run(root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in: str = "", **changes) -> None:
+    """Train in `root`/scratch and publish to `root`/`out`, closing metrics included.
+
+    die_at: SIGKILL when the batch of this step is asked for. die_in: "save", before a checkpoint is committed;
+    "removal", after it, while an older one is removed; "publish", while the weights are written.
+    """
+    import torch
+
+    from stages.objectives import ce
+    from stages.stage import Context
+    from stages.trainer import checkpoint
+    from stages.trainer.loop import train
+    from stages.trainer.trainer import Trainer
+
+    torch.set_num_threads(1)
+
+    def die(*_, **__) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if die_in == "save":
+        checkpoint.json.dump = die
+    elif die_in == "removal":
+        remove = shutil.rmtree
+        checkpoint.shutil.rmtree = lambda path, ignore_errors=False: remove(path, True) if ignore_errors else die()
+    elif die_in == "publish":
+        Trainer.save_weights = die
+    (root / "scratch").mkdir(parents=True, exist_ok=True)
+    (root / out).mkdir(exist_ok=True)
+    metrics = train(
+        config=config(**changes), stream=Counting(die_at=die_at), objective=lambda b: ce.loss(b, ce.Config()),
+        out=root / out, ctx=Context(root / "scratch"), tokenizer=tokenizer, model=SIZES,
+    )  # fmt: skip
+    (root / out / "metrics.json").write_text(json.dumps(metrics, sort_keys=True))

@@ -1,0 +1,177 @@
+"""Tokenizer and token files: lossless, deterministic, readable by transformers and Megatron-core."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.chat.template import END_OF_TURN, SPECIAL_TOKENS, TEMPLATE
+from stages.data import curate, tokenizer, tokens
+from stages.data.indexed import IndexedTokens
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Kind, parse
+
+CONFIG = tokenizer.Config(vocab_size=600, template="compact")
+
+
+def artifact(path: Path, kind: Kind) -> Artifact:
+    return Artifact(path, kind, "", {})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A corpus of the standard library and CLDR, prompts of one domain, and a tokenizer of both."""
+    root = tmp_path_factory.mktemp("data")
+    paths = {name: root / name for name in ("corpus", "prompts", "tokenizer")}
+    for path in paths.values():
+        path.mkdir()
+    config = parse(curate.Config, {"source_bytes": 150_000, "options": {"split": {"heldout": 0.1}}}, "x")
+    curate.run(config, {}, paths["corpus"], Context(root))
+    lines = [{"id": str(i), "domain": "math", "messages": [{"role": "user", "content": f"What is {' zyxwvut' * 20} {i} + 1?"}],
+              "answer": f"It is {i + 1}.", "check": {}} for i in range(20)]
+    (paths["prompts"] / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {"corpus": artifact(paths["corpus"], Kind.CORPUS), "prompts": {"math": artifact(paths["prompts"], Kind.PROMPTS)}}
+    metrics = tokenizer.run(CONFIG, found, paths["tokenizer"], Context(root))
+    assert metrics["vocab_size"] == 600 and 1.5 < metrics["bytes_per_token"] < 4
+    return found | {"tokenizer": artifact(paths["tokenizer"], Kind.TOKENIZER)}
+
+
+def load(made):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(made["tokenizer"].path)
+
+
+def test_special_tokens_and_template(made):
+    found = load(made)
+    assert [found.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
+    assert (found.bos_token_id, found.pad_token_id, found.unk_token_id) == (5, 0, 1)
+    assert found.eos_token == END_OF_TURN and found.chat_template == TEMPLATE["compact"] and len(found) == 600
+    ids = found.apply_chat_template([{"role": "user", "content": "Hello 12"}], add_generation_prompt=True)["input_ids"]
+    assert ids[0] == 5 and ids.count(5) == 1
+    assert json.loads((made["tokenizer"].path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_beside_a_cohere2_model(made, tmp_path):
+    """A checkpoint folder names its architecture; the tokenizer must stay the one that was trained."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(made["tokenizer"].path, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "cohere2"}')
+    text = "def f(x):\n    return 2025 * é\n"
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids == load(made)(text).input_ids
+
+
+def test_text_comes_back_and_digits_stand_alone(made):
+    found = load(made)
+    ids = found(tokenizer.STRESS, add_special_tokens=False).input_ids
+    assert found.decode(ids) == tokenizer.STRESS
+    pieces = found.convert_ids_to_tokens(found("year 2024x37", add_special_tokens=False).input_ids)
+    assert [piece for piece in pieces if any(map(str.isdigit, piece))] == list("202437")
+    assert found("a").input_ids[0] == 5
+
+
+def test_same_bytes_twice(made, tmp_path):
+    inputs = {name: made[name] for name in ("corpus", "prompts")}
+    tokenizer.run(CONFIG, inputs, tmp_path, Context(tmp_path))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["chat_template.jinja", "fertility.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (made["tokenizer"].path / name).read_bytes()
+
+
+def test_prompts_are_seen(made, tmp_path):
+    assert "zyxwvut" in "".join(tokenizer._groups(made["corpus"], made["prompts"])["instructions", "math"])
+    with_prompts = len(load(made)("zyxwvut", add_special_tokens=False).input_ids)
+    tokenizer.run(CONFIG, {"corpus": made["corpus"]}, tmp_path, Context(tmp_path))
+    without = len(load({"tokenizer": artifact(tmp_path, Kind.TOKENIZER)})("zyxwvut", add_special_tokens=False).input_ids)
+    assert with_prompts < without
+
+
+def test_fertility(made):
+    rows = json.loads((made["tokenizer"].path / "fertility.json").read_text())
+    assert {"code", "names", "prose"} == {row["domain"] for row in rows}
+    assert all(row["bytes_per_token"] == pytest.approx(row["bytes"] / row["tokens"], abs=1e-3) for row in rows)
+
+
+def test_a_lossy_tokenizer_is_refused(made):
+    from tokenizers import Tokenizer, normalizers
+
+    broken = Tokenizer.from_file(str(made["tokenizer"].path / "tokenizer.json"))
+    broken.normalizer = normalizers.Lowercase()
+    with pytest.raises(CuveeError, match="does not come back from its tokens"):
+        tokenizer.fertility(broken, made["corpus"].path)
+
+
+def test_balance():
+    groups = {("code", ""): ["c" * 100] * 900, ("names", "de"): ["d" * 100] * 10, ("prose", "en"): ["p" * 100] * 90}
+    count = {letter: sum(text[0] == letter for text in tokenizer.balanced(groups, 30_000, 0.5, 0)) for letter in "cdp"}
+    assert count["d"] == 10 and 290 <= count["c"] + count["p"] <= 292  # the small group whole, the rest 30 : 9.5
+    assert count["p"] == pytest.approx(290 * 90**0.5 / (90**0.5 + 30), abs=2)
+    assert len(tokenizer.balanced(groups, 10**9, 0.5, 0)) == 1000
+    proportional = tokenizer.balanced(groups, 10_000, 1.0, 0)
+    assert sum(text[0] == "c" for text in proportional) == 90 and len(proportional) == 100
+
+
+@pytest.mark.parametrize("values, sentence", [
+    ({"template": "command_b"}, "template: 'command_b' is not known; did you mean 'command_a'"),
+    ({"vocab_size": 200}, "vocab_size: 200 is too small for 256 bytes"),
+])
+def test_refused_configurations(values, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        tokenizer.check(tokenizer.Config(**values), {})
+    with pytest.raises(ConfigError, match="vocab_multiple: 0 is below 1"):
+        tokens.check(tokens.Config(vocab_multiple=0), {})
+    with pytest.raises(ConfigError, match="prompts_repeat: -1 is negative"):
+        tokens.check(tokens.Config(prompts_repeat=-1), {})
+
+
+def test_token_files(made, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from stages.data import corpus
+
+    metrics = tokens.run(tokens.Config(prompts_repeat=3), made, tmp_path, Context(tmp_path))
+    table = json.loads((tmp_path / "tokens.json").read_text())
+    found = load(made)
+    assert table["vocab_size"] == 640
+    assert set(table["splits"]["train"]) == {"code", "names", "prose", "instructions"}
+    assert set(table["splits"]["heldout"]) == {"code", "names", "prose"}
+    assert metrics["tokens_train"] == sum(count["tokens"] for count in table["splits"]["train"].values())
+    for split, domains in table["splits"].items():
+        for domain, count in domains.items():
+            ours, theirs = IndexedTokens(tmp_path / f"{split}-{domain}"), IndexedDataset(str(tmp_path / f"{split}-{domain}"))
+            assert len(ours) == len(theirs) == count["documents"] and int(ours.lengths.sum()) == count["tokens"]
+            assert all(np.array_equal(ours.document(i), theirs[i]) and ours.document(i)[0] == 5 for i in range(len(ours)))
+            assert int(ours.tokens.max()) < 600
+    texts = [document["text"] for document in corpus.documents(made["corpus"].path, "train") if document["domain"] == "code"]
+    code = IndexedTokens(tmp_path / "train-code")
+    assert [found.decode(code.document(i)[1:].tolist()) for i in range(len(code))] == texts
+    chats = IndexedTokens(tmp_path / "train-instructions")
+    assert len(chats) == 60 and np.array_equal(chats.document(0), chats.document(20))
+    assert found.decode(chats.document(4).tolist()).endswith(f"It is 5.{END_OF_TURN}")
+    again = tmp_path / "again"
+    again.mkdir()
+    tokens.run(tokens.Config(prompts_repeat=3), made, again, Context(tmp_path))
+    for path in again.rglob("*.*"):
+        assert path.is_dir() or path.read_bytes() == (tmp_path / path.relative_to(again)).read_bytes()
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == (made["tokenizer"].path / "tokenizer.json").read_bytes()
+
+
+def test_special_tokens_in_a_document_are_text(tmp_path, made):
+    import pyarrow
+    import pyarrow.parquet
+
+    row = {"id": ["x"], "text": ["see <BOS_TOKEN> and <PAD>"], "domain": ["prose"], "language": ["en"], "source": ["s"]}
+    (tmp_path / "corpus").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "corpus" / "train-00000.parquet")
+    out = tmp_path / "out"
+    out.mkdir()
+    inputs = {"corpus": artifact(tmp_path / "corpus", Kind.CORPUS), "tokenizer": made["tokenizer"]}
+    tokens.run(tokens.Config(), inputs, out, Context(tmp_path))
+    ids = IndexedTokens(out / "train-prose").document(0).tolist()
+    assert ids[0] == 5 and not set(ids[1:]) & set(range(len(SPECIAL_TOKENS)))

@@ -1,0 +1,147 @@
+"""The rollout engine writes what transformers would, its log-probabilities are true, and a bad sync is caught."""
+
+import numpy as np
+import pytest
+import torch
+from post_helpers import context, save_checkpoint
+
+from stages.rollout.engines import transformers as engines
+from stages.stage import CuveeError
+
+STOP = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    return engines.Engine(save_checkpoint(folder / "model", std=0.4), context(folder / "scratch"))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(20, 270, length).tolist() for length in (3, 30, 11, 1, 19)]  # shorter and longer than a window
+
+
+def full_forward(engine, prompt, completion):
+    return engine.logprobs([prompt + completion.ids])[0][len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logprobs_equal_a_full_forward_pass(engine, prompts, temperature):
+    found = engine.generate(prompts, n=3, max_new_tokens=24, temperature=temperature, seed=1, stop=[STOP])
+    for prompt, completions in zip(prompts, found, strict=True):
+        assert len(completions) == 3
+        for c in completions:
+            assert c.logprobs == pytest.approx(full_forward(engine, prompt, c).tolist(), abs=2e-4)
+
+
+def test_greedy_equals_generate(engine, prompts):
+    found = engine.generate(prompts, n=1, max_new_tokens=24, temperature=0.0, seed=0, stop=[STOP])
+    for prompt, (completion,) in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        expected = engine.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=STOP,
+            pad_token_id=0,
+            suppress_tokens=list(range(len(engine.tokenizer), 320)),
+        )
+        assert completion.ids == expected[0, len(prompt) :].tolist()
+
+
+def test_stops_at_a_stop_token_and_leaves_it_out_of_the_text(engine, prompts):
+    """Half the vocabulary stops: rows end at different steps and leave the batch."""
+    stop = list(range(0, 276, 4))
+    found = engine.generate(prompts * 4, n=5, max_new_tokens=24, temperature=1.0, seed=2, stop=stop)
+    lengths = [len(c.ids) for completions in found for c in completions]
+    assert len(set(lengths)) > 4
+    for prompt, completions in zip(prompts * 4, found, strict=True):
+        for c in completions:
+            assert c.ids[-1] in stop or len(c.ids) == 24
+            assert not set(c.ids[:-1]) & set(stop)
+            assert c.text == engine.tokenizer.decode(c.ids[:-1] if c.ids[-1] in stop else c.ids)
+            assert c.logprobs == pytest.approx(full_forward(engine, prompt, c).tolist(), abs=2e-4)
+
+
+def test_reproducible_from_the_seed_whatever_the_batch(engine, prompts, monkeypatch):
+    draw = lambda seed: engine.generate(prompts, n=2, max_new_tokens=12, temperature=1.0, seed=seed, stop=[STOP])  # noqa: E731
+    first = draw(5)
+    assert draw(5) == first
+    assert draw(6) != first
+    assert first[0][0].ids != first[0][1].ids
+    monkeypatch.setitem(engines.ROWS, "cpu", 2)
+    assert [[c.ids for c in row] for row in draw(5)] == [[c.ids for c in row] for row in first]
+
+
+def test_samples_follow_the_model(engine):
+    """Frequencies of 4000 first tokens against the model's probabilities (total variation), at two temperatures."""
+    prompt = [40, 41, 42]
+    with torch.inference_mode():
+        logits = engine.model(torch.tensor([prompt])).logits[0, -1, : len(engine.tokenizer)]
+    for temperature in (1.0, 0.5):
+        rows = engine.generate([prompt], n=4000, max_new_tokens=1, temperature=temperature, seed=3, stop=[])[0]
+        counts = np.bincount([c.ids[0] for c in rows], minlength=len(logits)) / 4000
+        expected = (logits / temperature).softmax(-1).numpy()
+        noise = np.sqrt(expected / 4000).sum() / 2
+        assert np.abs(counts - expected).sum() / 2 < 1.2 * noise
+
+
+def test_never_chooses_ids_without_text(engine):
+    """The embedding has 320 rows, the tokenizer 276 tokens."""
+    rows = engine.generate([[40, 41]], n=2000, max_new_tokens=1, temperature=5.0, seed=3, stop=[])[0]
+    assert max(c.ids[0] for c in rows) < len(engine.tokenizer) < engine.model.config.vocab_size
+
+
+class Trainer:
+    """A trainer as the probe sees it: another instance of the model."""
+
+    def __init__(self, engine):
+        import copy
+
+        self.twin = copy.copy(engine)
+        self.twin.model = copy.deepcopy(engine.model)
+
+    def logprobs(self, groups):
+        return self.twin.logprobs([s.tokens.tolist() for g in groups for s in g])
+
+    def hf_state(self):
+        return {k: v for k, v in self.twin.model.state_dict().items() if k != "lm_head.weight"}
+
+
+def test_sync_takes_over_new_weights(engine, prompts, tmp_path):
+    own = engines.Engine(
+        save_checkpoint(tmp_path / "m", std=0.4, seed=9), context(tmp_path / "s"), Trainer(engine).hf_state()
+    )
+    assert engines.parity(own, Trainer(engine), prompts[:3]) < 1e-5
+    with pytest.raises(CuveeError, match="missing.*model.norm.weight"):
+        own.sync_weights({k: v for k, v in Trainer(engine).hf_state().items() if k != "model.norm.weight"})
+
+
+@pytest.mark.parametrize(
+    "name, group", [("model.layers.2.mlp.up_proj.weight", "layers.2.mlp"), ("model.norm.weight", "norm")]
+)
+def test_parity_probe_names_the_corrupted_tensor(engine, prompts, tmp_path, name, group):
+    trainer = Trainer(engine)
+    state = {k: v.clone() for k, v in trainer.hf_state().items()}
+    state[name].view(-1)[3] += 0.5
+    own = engines.Engine(save_checkpoint(tmp_path / "m"), context(tmp_path / "s"), state)
+    with pytest.raises(CuveeError, match=f"the tensor group {group} differs most"):
+        engines.parity(own, trainer, prompts)
+
+
+def test_parity_probe_tells_apart_a_wrong_forward_pass(engine, prompts):
+    trainer = Trainer(engine)
+    trainer.twin.model.logit_scale = 0.3
+    with pytest.raises(CuveeError, match="forward passes disagree"):
+        engines.parity(engine, trainer, prompts)
