@@ -120,7 +120,8 @@ def _defects(store: Any, record: dict[str, Any], tree: dict[str, dict[str, Any]]
     for arg, parent in records.parents(record):
         if tree[parent["fingerprint"]]["digest"] != parent["digest"]:
             yield f"{who}: input {arg} is not the artifact that was used (its record changed)"
-    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() and p.name != records.NAME}
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    found.pop(records.NAME, None)
     for name in sorted(found.keys() | record["files"].keys()):
         if name not in found:
             yield f"{who}: {name} is missing"

@@ -63,6 +63,7 @@ class Kernel:
 def warden(level: str, folder: str, limits: dict[str, float]) -> None:
     """Reads tasks from stdin, answers each with one outcome line on stdout, in order."""
     tasks, answers, null = os.fdopen(os.dup(0), encoding="utf-8"), os.dup(1), os.open("/dev/null", os.O_RDWR)
+    os.environ.clear()  # what bwrap or Python's start has put there
     kernel = Kernel()
     kernel.call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for name in PRELOADED.split():
@@ -106,10 +107,11 @@ def _enter_namespaces(kernel: Kernel, folder: str) -> None:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     kernel.call("unshare", CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWPID)
-    # System V memory outlives a process and no rlimit counts it; where /proc/sys is writable, there is none.
-    for name in ("kernel/shmmax", "kernel/msgmni", "user/max_user_namespaces"):
+    # System V memory outlives a process and no rlimit counts it; in this new namespace there is none (best effort:
+    # /proc/sys may be read-only).
+    for name in ("shmmax", "msgmni"):
         try:
-            with open(f"/proc/sys/{name}", "w") as file:
+            with open(f"/proc/sys/kernel/{name}", "w") as file:
                 file.write("0")
         except OSError:
             pass

@@ -17,7 +17,7 @@ What each level gives, strongest first (`best_level()` is the first that works h
   interpreter refuses files, sockets, processes and signals: enough for accidents and for what a model writes, NOT
   against an attacker who breaks the interpreter.
 
-No level stops timing side channels or kernel exploits.
+No level stops timing side channels, kernel exploits or (unless the caller is root) System V shared memory.
 """
 
 from __future__ import annotations

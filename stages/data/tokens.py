@@ -43,7 +43,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
     source: Artifact = inputs["corpus"]
     folder: Path = inputs["tokenizer"].path
-    shutil.copytree(folder, out / "tokenizer")
+    shutil.copytree(folder, out / "tokenizer", ignore=shutil.ignore_patterns("record.json"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a special token's name inside a document is text
     vocab_size = -(-tokenizer.get_vocab_size() // config.vocab_multiple) * config.vocab_multiple

@@ -49,8 +49,11 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     punishes with -1, counts as 0. `solved` is the share of prompts with full reward.
     Raises CuveeError when the model's tokenizer is not the one behind the tokens or the reward model.
     """
+    from transformers.utils import logging
+
     from stages.merge.checkpoint import digest, tokenizer_digests
 
+    logging.disable_progress_bar()
     model: Artifact = inputs["model"]
     digests = tokenizer_digests(model.path)
     _require_same_tokenizer(digests, inputs)

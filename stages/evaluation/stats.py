@@ -24,17 +24,21 @@ def wilson(scores: Sequence[float]) -> tuple[float, float, float]:
 
 
 def paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference after - before over the same prompts, with its 95 % normal interval. (0, 0, 0) without prompts.
+    """Mean difference after - before of scores in [0, 1] on the same prompts, with its 95 % interval.
+
+    (0, -1, 1) without prompts.
 
     Pairing removes the variance that the prompts share, so this is narrower than the two models' own intervals.
+    Adjusted Wald interval (Bonett and Price 2012): one invented prompt a side, so that equal answers to a few
+    prompts are no proof of equal models.
     """
     differences = [a - b for a, b in zip(after, before, strict=True)]
-    n = len(differences)
-    if n < 2:
-        return (differences[0], -1.0, 1.0) if differences else (0.0, 0.0, 0.0)
-    mean = sum(differences) / n
-    half = Z * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    return mean, mean - half, mean + half
+    if not differences:
+        return 0.0, -1.0, 1.0
+    n = len(differences) + 2
+    centre = sum(differences) / n
+    half = Z * math.sqrt(max((sum(d * d for d in differences) + 2) / n - centre * centre, 0.0) / n)
+    return sum(differences) / len(differences), max(-1.0, centre - half), min(1.0, centre + half)
 
 
 def win_rate(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:

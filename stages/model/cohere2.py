@@ -57,6 +57,7 @@ def transformer_config(
         pipeline_dtype=torch.float32 if pipeline_parallel > 1 else None,
         sequence_parallel=sequence_parallel and tensor_parallel > 1,
         variable_seq_lengths=pipeline_parallel > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but the check of variable lengths asks for it
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -79,9 +80,7 @@ def torch_spec(layers: int) -> TransformerBlockSubmodules:
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU
-        ),
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU),
     )
     block = ModuleSpec(
         module=ParallelBlock,

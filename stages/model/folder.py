@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,9 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         return ModelConfig.from_hf(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError) as error:
-        raise CuveeError(f"{path} can't be read ({error!r}); expected a model folder, make this artifact again") from None
+        raise CuveeError(
+            f"{path} can't be read ({error!r}); expected a model folder, make this artifact again"
+        ) from None
 
 
 def token_ids(tokenizer: Path) -> dict[str, int]:
@@ -62,6 +68,19 @@ def write(out: Path, config: ModelConfig, tokenizer: Path) -> None:
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, out / name)
+
+
+@contextmanager
+def full_disk_is_oserror(path: Path) -> Iterator[None]:
+    """torch and safetensors report a full disk under `path` as errors of their own; raise OSError ENOSPC for them."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if "os error 28" not in str(error) and shutil.disk_usage(path).free > 1 << 20:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ class DocumentAttention(nn.Module):
         if window is not None and length > 2 * window:
             out = _blocks(q, k, v, window)[:, :length]
         else:
-            mask = _window_mask(length, length, window) if window is not None and length > window else None
+            mask = _window_mask(window)[:length, :length] if window is not None and length > window else None
             out = _attend(q, k, v, mask)
         return out.reshape(bucket.count * length, -1)
 
@@ -144,27 +144,28 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     the previous block of keys: work in proportion to the window, not the length. The length comes back padded."""
     batch, length = q.shape[:2]
     blocks = -(-length // window)
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, blocks * window - length)) for x in (q, k, v))
-    q = q.reshape(batch * blocks, window, *q.shape[2:])
-    k, v = (
-        torch.cat([F.pad(x, (0, 0, 0, 0, window, 0))[:, :-window].unflatten(1, (blocks, window)),
-                   x.unflatten(1, (blocks, window))], dim=2).flatten(0, 1)
-        for x in (k, v)
-    )
-    return _attend(q, k, v, _block_mask(batch, blocks, window)).reshape(batch, blocks * window, *q.shape[2:])
+
+    def cut(x: Tensor, before: int) -> Tensor:
+        """[batch * blocks, window, ...], shifted by `before` positions, which are zeros."""
+        x = F.pad(x, (0, 0, 0, 0, before, blocks * window - length))[:, : blocks * window]
+        return x.reshape(batch * blocks, window, *x.shape[2:])
+
+    k, v = (torch.cat([cut(x, window), cut(x, 0)], dim=1) for x in (k, v))
+    out = _attend(cut(q, 0), k, v, _block_mask(batch, blocks, window))
+    return out.reshape(batch, blocks * window, *q.shape[2:])
 
 
-@functools.lru_cache(maxsize=64)
-def _window_mask(queries: int, keys: int, window: int) -> Tensor:
-    """[queries, keys] added to scores: 0 where query i (the last queries of the keys) sees key j, -inf elsewhere."""
-    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).triu(keys - queries + 1 - window)
-    return torch.zeros(queries, keys).masked_fill_(~seen, -torch.inf)
+@functools.lru_cache(maxsize=2)
+def _window_mask(window: int) -> Tensor:
+    """[2 * window, 2 * window] added to scores: 0 where query i sees key j, i - window < j <= i, -inf elsewhere."""
+    seen = torch.ones(2 * window, 2 * window, dtype=torch.bool).tril().triu(1 - window)
+    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
 
 @functools.lru_cache(maxsize=8)
 def _block_mask(batch: int, blocks: int, window: int) -> Tensor:
     """[batch * blocks, 1, window, 2 * window]: the window's mask, and no previous block for a document's first."""
-    mask = _window_mask(window, 2 * window, window).repeat(blocks, 1, 1)
+    mask = _window_mask(window)[window:].repeat(blocks, 1, 1)
     mask[0, :, :window] = -torch.inf
     return mask.repeat(batch, 1, 1)[:, None]
 

@@ -45,7 +45,6 @@ class Model(GPTModel):
         self.sizes, self.head = config, head
         if head == "reward" and last:
             self.score = nn.Linear(config.hidden_size, 1, bias=False)
-            self.score.weight.sequence_parallel = False
 
     def forward(
         self, tokens: Tensor, packing: Packing, rows: Tensor | None = None, targets: Tensor | None = None

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.model.folder import full_disk_is_oserror
 from stages.stage import CuveeError
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def save(model: Model, rows: list[Row], out: Path, shard_bytes: int = SHARD_BYTE
         if writer:
             pending[name] = tensor.cpu().clone()  # a clone is contiguous and shares no storage
             if sum(4 * t.numel() for t in pending.values()) == sizes[plan[name]]:
-                save_file(pending, out / files[plan[name]], metadata={"format": "pt"})
+                with full_disk_is_oserror(out):
+                    save_file(pending, out / files[plan[name]], metadata={"format": "pt"})
                 pending = {}
     if writer and len(sizes) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {k: files[v] for k, v in sorted(plan.items())}}

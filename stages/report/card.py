@@ -51,13 +51,20 @@ def recipe(record: dict[str, Any], records: dict[str, dict[str, Any]]) -> list[d
 
 def steps(chain: list[dict[str, Any]]) -> str:
     """The table of the stages that the weights went through."""
-    rows = [[f"`{r['name']}`", r["stage"], f"{r['seconds']:.1f}", _settings(r["config"])] for r in chain]
+    rows = [[f"`{r['name']}`", r["stage"], f"{r['seconds']:.1f}", _blend(r) + _settings(r["config"])] for r in chain]
     return table(["artifact", "stage", "seconds", "configuration"], rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in lines) + "\n"
+
+
+def _blend(record: dict[str, Any]) -> str:
+    """What a merge blended, with the weights that its configuration gives."""
+    models, weights = record["inputs"].get("models", {}), record["config"].get("weights", {})
+    named = (f"{name} × {weights[name]:g}" if name in weights else name for name in models)
+    return f"of {' + '.join(named)}; " if models else ""
 
 
 def _settings(config: dict[str, Any]) -> str:

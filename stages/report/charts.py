@@ -208,7 +208,8 @@ def curves(records: list[dict[str, Any]]) -> Markup:
     content = []
     for i, name, key, points in panels:
         steps, values = [p[0] for p in points], [p[1] for p in points]
-        bottom, extent = min(values), (max(values) - min(values)) or 1.0
+        bottom, extent = min(values), max(values) - min(values)
+        bottom, extent = (bottom, extent) if extent else (bottom - 0.5, 1.0)
         first, length = steps[0], (steps[-1] - steps[0]) or 1
         line_points = [(wide * (s - first) / length, 34 + plot * (1 - (v - bottom) / extent)) for s, v in points]
         tone = "falling" if key == "loss" else "rising"
@@ -264,11 +265,13 @@ def timeline(records: list[dict[str, Any]]) -> Markup:
 
 def clock(seconds: float) -> str:
     """A duration as a reader says it: 0.8 s, 42 s, 3 min 12 s, 2 h 05 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s".replace(".0 ", " ")
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if seconds < 10:
+        text = f"{seconds:.1f}_s".replace(".0_", "_")
+    elif whole < 60:
+        text = f"{whole}_s"
+    elif whole < 3600:
+        text = f"{whole // 60}_min" + (f" {whole % 60}_s" if whole % 60 else "")
+    else:
+        text = f"{whole // 3600}_h {whole % 3600 // 60:02d}_min"
+    return text.replace("_", "\u202f")  # a narrow space at which no line breaks

@@ -11,6 +11,7 @@ from typing import Any
 from stages.evaluation.stats import paired, win_rate
 from stages.stage import Artifact, CuveeError
 
+INTERRUPTION = 30.0  # seconds in which nothing ran
 Interval = tuple[float, float, float]  # value, low, high: 95 %
 
 
@@ -197,10 +198,10 @@ def span(record: dict[str, Any]) -> tuple[float, float]:
 
 
 def busy(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """The spans in which at least one of the stages ran, in order: waiting and interruptions are left out."""
+    """The spans in which the recipe ran, in order, without interruptions; a shorter wait is the scheduler's own."""
     spans: list[tuple[float, float]] = []
     for start, end in sorted(map(span, records)):
-        if spans and start <= spans[-1][1]:
+        if spans and start <= spans[-1][1] + INTERRUPTION:
             spans[-1] = (spans[-1][0], max(spans[-1][1], end))
         else:
             spans.append((start, end))

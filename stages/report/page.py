@@ -132,7 +132,7 @@ def say_matrix(facts: Facts) -> str:
     scores = {domain: facts.final.score(domain)[0] for domain in facts.domains}
     best, worst = max(scores, key=scores.__getitem__), min(scores, key=scores.__getitem__)
     if best == worst:
-        return f"The final model, {facts.final.name}, scores {share(scores[best])} on {label(best)}."
+        return f"The final model, {facts.final.name}, scores {share(scores[best])} in every domain."
     return (
         f"The final model, {facts.final.name}, is best at {label(best)} ({share(scores[best])}) and weakest at "
         f"{label(worst)} ({share(scores[worst])})."

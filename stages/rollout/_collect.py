@@ -98,6 +98,13 @@ def schedule(sizes: dict[str, int], mix: dict[str, float], count: int, seed: int
     return found
 
 
+def render_prompt(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
+    """Token ids of a prompt (a row with `messages`) up to where the assistant's answer begins."""
+    from stages.chat.render import render
+
+    return render(tokenizer, prompt["messages"], generation=True).ids
+
+
 def answer_ids(tokenizer: Any, messages: list[dict], answer: str) -> list[int]:
     """Tokens of the assistant's turn with `answer`, the end of turn included, as they follow the rendered prompt.
 
@@ -130,10 +137,8 @@ class Sampler:
         """One row a prompt, as in the artifact PAIRS: the prompt's own fields, `completions` (texts, special tokens
         shown, without the end of turn), `tokens` (their ids, with it), `rewards` (weighted sums) and `parts`
         (reward name -> values). The reference answer, if asked for, is the last completion."""
-        from stages.chat.render import render
-
         config = self.config
-        ids = [render(self.tokenizer, p["messages"], generation=True).ids for p in prompts]
+        ids = [render_prompt(self.tokenizer, p) for p in prompts]
         made: list[list] = [[] for _ in prompts]
         if config.completions:
             made = self.engine.generate(

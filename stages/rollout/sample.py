@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.rollout._collect import Sampler, SampleConfig, load_prompts, schedule, statistics, write_jsonl
+from stages.rollout._collect import (
+    SampleConfig,
+    Sampler,
+    load_prompts,
+    render_prompt,
+    schedule,
+    statistics,
+    write_jsonl,
+)
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
 
 VERSION = "1"
@@ -42,15 +50,13 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     """
     import time
 
-    from stages.chat.render import render
-
     engine = resolve("rollout/engines", config.engine).Engine(inputs["policy"].path, ctx)
     sampler = Sampler(config, engine, ctx, inputs["reward"].path if "reward" in inputs else None)
     prompts = load_prompts(inputs["prompts"], config.mix)
     drawn = schedule({d: len(rows) for d, rows in prompts.items()}, config.mix, config.prompts, config.seed)
     chosen = [prompts[domain][i] for domain, i in drawn]
     longest = config.sequence_length - config.max_new_tokens
-    fits = [p for p in chosen if len(render(engine.tokenizer, p["messages"], generation=True).ids) <= longest]
+    fits = [p for p in chosen if len(render_prompt(engine.tokenizer, p)) <= longest]
     if not fits:
         raise CuveeError(f"sequence_length: no prompt is within {longest} tokens (sequence_length - max_new_tokens); "
                          f"raise sequence_length")  # fmt: skip

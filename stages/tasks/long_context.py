@@ -1,8 +1,8 @@
 """A number hidden in long text, to be found by its key: needle in a haystack, with other keys as decoys (RULER's niah).
 
 The haystack is made of the corpus' sentences, so that its length in tokens follows the corpus; `length` is its length in
-characters, `check.depth` the needle's place in percent. Reward: 1 when the last number of the response is the needle's,
-0 otherwise, -0.5 without a number.
+characters, `check.depth` the needle's place in percent. Reward: 1 for a short response with the needle's number and no
+other, 0 otherwise, -0.5 without a number.
 """
 
 import random
@@ -77,6 +77,10 @@ def _haystack(rng: random.Random, hay: list[str], length: int, options: Options)
 
 
 def verify(prompt: dict, completion: str) -> float:
-    """1.0 when the last number in the completion is the needle's, -0.5 when there is none, else 0.0."""
+    """1.0 when the completion's numbers are the needle's and no other, -0.5 without a number, else 0.0.
+
+    At most 200 characters count as an answer: who copies the haystack has found nothing.
+    """
     found = numbers(completion)
-    return (1.0 if found[-1] == prompt["check"]["number"] else 0.0) if found else -0.5
+    right = set(found) == {prompt["check"]["number"]} and len(completion.strip()) <= 200
+    return float(right) if found else -0.5

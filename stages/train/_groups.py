@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.rollout._collect import answer_ids
+from stages.rollout._collect import answer_ids, render_prompt
 from stages.stage import ConfigError, identity, option, parse, resolve
 from stages.trainer.batch import Group, Loss, Packed, Sequence
 
@@ -89,9 +89,7 @@ class Grouper:
 
     def __call__(self, row: dict[str, Any]) -> list[Group]:
         """The groups of one row; empty where its rewards do not differ enough or a sequence is too long."""
-        from stages.chat.render import render
-
-        prompt = render(self.tokenizer, row["messages"], generation=True).ids
+        prompt = render_prompt(self.tokenizer, row)
         completions = row.get("tokens") or [answer_ids(self.tokenizer, row["messages"], c) for c in row["completions"]]
         build = {
             "single": self._single,
@@ -134,16 +132,13 @@ class Grouper:
         return groups
 
     def _revisions(self, prompt, completions, row) -> list[Group]:
-        from stages.chat.render import render
-
         groups = []
         for w, low in self._contrasts(row["rewards"]):
             sides = {1.0: w, 0.0: low}
             prompts = {-1.0: prompt}
             for draft, i in sides.items():
-                prompts[draft] = render(
-                    self.tokenizer, revise(row["messages"], row["completions"][i]), generation=True
-                ).ids
+                asked = {"messages": revise(row["messages"], row["completions"][i])}
+                prompts[draft] = render_prompt(self.tokenizer, asked)
             groups.append([
                 make_sequence(prompts[draft], completions[i], chosen=chosen, draft=draft, reward=row["rewards"][i],
                               sft=float(chosen == 1 and draft == -1))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from stages.rollout._collect import read_jsonl
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
@@ -21,9 +21,7 @@ class Config(ObjectiveConfig, TrainConfig):
     lr: float = option(1e-6, "peak learning rate")
     batch_groups: int = option(64, "prompts an optimizer step")
     pairs_per_prompt: int = option(1, "pairs made of each prompt's completions, those furthest apart in reward first")
-    min_mean_reward: Optional[float] = option(
-        None, "prompts whose completions are rewarded less on average are left out"
-    )
+    min_mean_reward: float | None = option(None, "prompts whose completions are rewarded less on average are left out")
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:

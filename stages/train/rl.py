@@ -14,6 +14,7 @@ from stages.rollout._collect import (
     Sampler,
     load_prompts,
     read_jsonl,
+    render_prompt,
     schedule,
     statistics,
     write_jsonl,
@@ -164,22 +165,18 @@ class Rollouts:
 
     def _sync(self, trainer: Any, prompts: list[dict[str, Any]]) -> float:
         """Bring the trainer's weights to the engine and probe that both give the same log-probabilities (nats)."""
-        from stages.chat.render import render
-
         engines = resolve("rollout/engines", self.config.engine)
         state = trainer.hf_state()
         if self.sampler is None:
             self.sampler = Sampler(self.config, engines.Engine(self.init, self.ctx, state), self.ctx, self.reward)
         else:
             self.sampler.engine.sync_weights(state)
-        probes = [render(self.tokenizer, p["messages"], generation=True).ids for p in prompts[:PROBES]]
+        probes = [render_prompt(self.tokenizer, p) for p in prompts[:PROBES]]
         return engines.parity(self.sampler.engine, trainer, probes)
 
     def _fitting(self, prompts: dict[str, list[dict]]) -> dict[str, list[dict]]:
-        from stages.chat.render import render
-
         longest = self.config.sequence_length - self.config.max_new_tokens
-        fits = lambda p: len(render(self.tokenizer, p["messages"], generation=True).ids) <= longest  # noqa: E731
+        fits = lambda p: len(render_prompt(self.tokenizer, p)) <= longest  # noqa: E731
         found = {domain: [p for p in rows if fits(p)] for domain, rows in prompts.items()}
         for domain, rows in found.items():
             if not rows:

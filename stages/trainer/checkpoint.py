@@ -20,6 +20,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from stages.model.folder import full_disk_is_oserror
+
 KEPT = 2
 COMMIT = "commit.json"
 
@@ -61,7 +63,8 @@ def save(folder: Path, step: int, state: dict[str, Any], progress: dict[str, Any
         shutil.rmtree(path, ignore_errors=True)  # what a killed save left
         path.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(path), sharded_strategy=_InProcess())
+    with full_disk_is_oserror(folder):
+        dist_checkpointing.save(state, str(path), sharded_strategy=_InProcess())
     if not writer:
         return
     part = path / (COMMIT + ".part")

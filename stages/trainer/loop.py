@@ -87,7 +87,7 @@ def train(
 
 
 def _loop(
-    config: TrainConfig, stream: Stream, trainer: Trainer, progress: Progress, folder: Path, ctx: Context,
+    config: TrainConfig, stream: Stream, trainer: Trainer, progress: Progress, checkpoints: Path, ctx: Context,
     stop: threading.Event,
 ) -> None:  # fmt: skip
     pace = _Pace(config, progress)
@@ -111,7 +111,7 @@ def _loop(
         stopping = _anywhere(stop.is_set())
         every, last = config.save_every, progress.step == config.steps > config.save_every
         if stopping or (every and (progress.step % every == 0 or last)):
-            trainer.save_state(folder, progress.step, asdict(progress))
+            trainer.save_state(checkpoints, progress.step, asdict(progress))
         if stopping:
             ctx.log(f"stopped on request after step {progress.step}/{config.steps}; saved, start again to go on")
             raise SystemExit(AGAIN)
@@ -141,7 +141,9 @@ def _closing(progress: Progress) -> dict[str, float]:
     return {**found, "loss_first": progress.first_loss, **{k: float(v) for k, v in totals.items()}}
 
 
-def _line(config: TrainConfig, progress: Progress, metrics: dict[str, float], lr: float, rate: float, eta: float) -> str:
+def _line(
+    config: TrainConfig, progress: Progress, metrics: dict[str, float], lr: float, rate: float, eta: float
+) -> str:
     shown = f"{lr:.1e}".replace("e-0", "e-")
     return (
         f"step {progress.step}/{config.steps} loss {metrics['loss']:.4g} lr {shown} norm {metrics['grad_norm']:.3g} "

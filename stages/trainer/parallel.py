@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
@@ -39,14 +38,3 @@ def initialise(config: TrainConfig) -> None:
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(*layout)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=True)
-
-
-def sum_over_data(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over the data-parallel ranks, from the last pipeline stage, on every rank; in place."""
-    if dist.get_world_size() > 1:
-        if parallel_state.is_pipeline_last_stage():
-            dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(values, last, group=parallel_state.get_pipeline_model_parallel_group())
-    return values

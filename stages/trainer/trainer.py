@@ -242,7 +242,9 @@ class Trainer:
             outputs = self._run(model, self._microbatches(groups), _keep, forward_only=True)
         sequences = [sequence for group in groups for sequence in group]
         found = [np.zeros(max(len(s.tokens) - 1, 0), np.float32) for s in sequences]
-        for part in _gather([(b.numbers, b.sequence.numpy(), b.rows.numpy(), b.last.numpy(), o.numpy()) for b, o in outputs]):
+        for part in _gather(
+            [(b.numbers, b.sequence.numpy(), b.rows.numpy(), b.last.numpy(), o.numpy()) for b, o in outputs]
+        ):
             for numbers, sequence, rows, last, values in part:
                 for i, number in enumerate(numbers):
                     mine = sequence == i

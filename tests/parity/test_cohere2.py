@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -111,7 +112,9 @@ def test_a_folder_written_by_transformers_loads(tmp_path, ctx):
 
     path = checkpoint(tmp_path / "theirs", sliding_window=8)
     assert parity.check(path, ctx)["max_abs_difference"] < 1e-4
-    assert folder.read_config(path).parameters() == sum(t.numel() for t in load_file(path / "model.safetensors").values())
+    assert folder.read_config(path).parameters() == sum(
+        t.numel() for t in load_file(path / "model.safetensors").values()
+    )
 
 
 def test_documents_do_not_see_each_other(tmp_path):
@@ -150,6 +153,13 @@ def test_unreadable_folders_are_one_sentence(tmp_path):
     shutil.rmtree(path)
     with pytest.raises(CuveeError, match="config.json can't be read"):
         folder.read_config(path)
+
+
+def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    with pytest.raises(OSError) as error, folder.full_disk_is_oserror(tmp_path):
+        raise RuntimeError("unexpected pos 704 vs 598")
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path)
 
 
 @pytest.mark.parametrize("config,count", [

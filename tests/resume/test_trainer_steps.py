@@ -24,14 +24,6 @@ def cross_entropy(batch):
     return ce.loss(batch, ce.Config())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     return tokenizer(tmp_path_factory.mktemp("words") / "tokenizer")
@@ -100,7 +92,9 @@ def test_microbatches_do_not_change_the_loss():
 
 
 def test_repeating_a_run_gives_the_same_bytes_and_another_seed_others(tmp_path, words):
-    a, b, other = (run(tmp_path, words, name=n, config={"seed": s, "steps": 3})[1] for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    a, b, other = (
+        run(tmp_path, words, name=n, config={"seed": s, "steps": 3})[1] for n, s in (("a", 1), ("b", 1), ("c", 2))
+    )
     read = lambda folder: (folder / "model.safetensors").read_bytes()  # noqa: E731
     assert read(a) == read(b) != read(other)
 
@@ -148,7 +142,9 @@ class Pairs:
             low, high = rng.integers(8, 148, 20).astype(np.int32), rng.integers(148, 288, 20).astype(np.int32)
             label = {"label": 1.0, "margin": 0.0}
             ones = np.ones(20, np.float32)
-            groups.append([Sequence(low, ones, {"chosen": 1.0, **label}), Sequence(high, ones, {"chosen": 0.0, **label})])
+            groups.append(
+                [Sequence(low, ones, {"chosen": 1.0, **label}), Sequence(high, ones, {"chosen": 0.0, **label})]
+            )
         return groups
 
 

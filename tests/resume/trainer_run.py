@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.model.config import ModelConfig
-from stages.trainer.batch import Sequence
+from stages.trainer.batch import Loss, Sequence
 from stages.trainer.config import TrainConfig
 
 PRELOAD = ["torch", "megatron.core.models.gpt", "megatron.core.optimizer", "stages.trainer.loop"]
@@ -47,9 +47,25 @@ class Counting:
         return Sequence(tokens.astype(np.int32), (rng.random(length) < 0.8).astype(np.float32), {"label": 1.0})
 
 
-def run(root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in: str = "", **changes) -> None:
+def pull(batch):
+    """Cross-entropy with a pull to the reference model."""
+    gap = batch.logprobs - batch.reference
+    return Loss(((gap**2 - batch.logprobs) * batch.mask).sum(), batch.mask.sum())
+
+
+def regress(batch):
+    """Scores towards the number of targets."""
+    goal = batch.sums(batch.mask) / 20
+    return Loss(((batch.scores - goal) ** 2).sum(), float(len(batch.scores)))
+
+
+def run(
+    root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in: str = "", kind: str = "ce",
+    init: Path | None = None, **changes,
+) -> None:  # fmt: skip
     """Train in `root`/scratch and publish to `root`/`out`, closing metrics included.
 
+    kind: "ce", "pull" (to the reference `init`) or "regress" (a reward head).
     die_at: SIGKILL when the batch of this step is asked for. die_in: "save", before a checkpoint is committed;
     "removal", after it, while an older one is removed; "publish", while the weights are written.
     """
@@ -75,8 +91,10 @@ def run(root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in:
         Trainer.save_weights = die
     (root / "scratch").mkdir(parents=True, exist_ok=True)
     (root / out).mkdir(exist_ok=True)
+    objective = {"ce": lambda b: ce.loss(b, ce.Config()), "pull": pull, "regress": regress}[kind]
     metrics = train(
-        config=config(**changes), stream=Counting(die_at=die_at), objective=lambda b: ce.loss(b, ce.Config()),
-        out=root / out, ctx=Context(root / "scratch"), tokenizer=tokenizer, model=SIZES,
+        config=config(**changes), stream=Counting(die_at=die_at), objective=objective, out=root / out, init=init,
+        ctx=Context(root / "scratch"), tokenizer=tokenizer, model=SIZES, reference=init if kind == "pull" else None,
+        head="reward" if kind == "regress" else "lm",
     )  # fmt: skip
     (root / out / "metrics.json").write_text(json.dumps(metrics, sort_keys=True))

@@ -7,7 +7,6 @@ import math
 import random
 import shutil
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -35,11 +34,26 @@ def test_wilson_covers_partial_credit():
     assert covered / 400 >= 0.95
 
 
-def test_paired_is_the_t_like_interval_of_the_differences():
-    before, after = [0.0, 0.5, 1.0, 0.0], [0.5, 0.5, 1.0, 1.0]
-    mean, low, high = paired(after, before)
-    half = 1.959964 * np.std([0.5, 0.0, 0.0, 1.0], ddof=1) / 2
-    assert (mean, low, high) == pytest.approx((0.375, 0.375 - half, 0.375 + half))
+def test_paired_is_the_adjusted_wald_interval():
+    """Of 50 prompts 12 are won and 3 lost: d = (12 - 3) / 52, se^2 = ((12 + 1 + 3 + 1) / 52 - d^2) / 52."""
+    after, before = [1.0] * 12 + [0.0] * 3 + [1.0] * 35, [0.0] * 12 + [1.0] * 3 + [1.0] * 35
+    half = 1.959964 * math.sqrt((17 / 52 - (9 / 52) ** 2) / 52)
+    assert paired(after, before) == pytest.approx((0.18, 9 / 52 - half, 9 / 52 + half), abs=1e-6)
+
+
+def test_equal_answers_are_no_proof_of_equal_models():
+    mean, low, high = paired([0.0] * 40, [0.0] * 40)
+    assert mean == 0.0 and -low == high == pytest.approx(0.066, abs=1e-3)
+
+
+def test_paired_covers_the_true_difference():
+    draw, covered = random.Random(1), 0
+    for _ in range(400):
+        hard = [draw.random() for _ in range(40)]
+        scores = [[float(draw.random() * 0.3 + h * 0.7 < p) for h in hard] for p in (0.35, 0.5)]
+        _, low, high = paired(scores[1], scores[0])
+        covered += low <= 0.15 / 0.7 <= high
+    assert covered / 400 >= 0.94
 
 
 def test_win_rate_counts_ties_half():

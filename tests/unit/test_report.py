@@ -149,10 +149,10 @@ def test_average_adds_errors_in_quadrature():
 
 def test_busy_time_leaves_out_waiting():
     def record(start, end):
-        return {"started": f"2026-01-05T10:00:{start:02d}+00:00", "ended": f"2026-01-05T10:00:{end:02d}+00:00"}
+        return {"started": f"2026-01-05T10:{start:02d}:00+00:00", "ended": f"2026-01-05T10:{end:02d}:00+00:00"}
 
     spans = busy([record(40, 50), record(0, 10), record(5, 12), record(45, 48)])
-    assert [end - start for start, end in spans] == [12.0, 10.0]
+    assert [end - start for start, end in spans] == [720.0, 600.0]
 
 
 def test_work_counts_floating_point_operations(facts):

@@ -49,12 +49,18 @@ def test_values_errors_and_order(level):
 
 
 def test_limits_of_time_memory_and_output(level):
-    limits = {"seconds": 0.3, "wall_seconds": 1.0}
-    loop, nap, late, bomb, hoard, deep, loud, louder, big = run(
+    loop, nap, late = run(
         [
             program("while True: pass", "1"),
             program("import time\ntime.sleep(60)", "1"),
             program("def f(x):\n    while x: pass\n    return x", "f(0)", "f(1)", "f(0)"),
+        ],
+        {"seconds": 0.2, "wall_seconds": 1.0},
+        level,
+    )
+    assert [o.status for o in (loop, nap, late)] == ["timeout"] * 3 and late.values[1:] == [None, None]
+    bomb, hoard, deep, loud, louder, big = run(
+        [
             program("x = bytearray(10 << 30)", "1"),
             program("x = []\nwhile True: x.append(bytearray(1 << 20))", "1"),
             program("import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __repr__(self): return repr(self)", "A()"),
@@ -62,10 +68,8 @@ def test_limits_of_time_memory_and_output(level):
             program("while True: print('x' * 1000)", "1"),
             program("open('big', 'wb').write(b'x' * (100 << 20))", "1"),
         ],
-        limits,
-        level,
+        level=level,
     )
-    assert [o.status for o in (loop, nap, late)] == ["timeout"] * 3 and late.values == ["0", None, None]
     assert bomb.status == "error" and "MemoryError" in bomb.error
     assert hoard.status in ("error", "killed") and hoard.values == [None]
     assert deep.values == [None]
@@ -93,7 +97,7 @@ def test_no_processes_and_no_way_to_the_warden(level, tmp_path, monkeypatch):
         program("import builtins\nfor name in dir(builtins): setattr(builtins, name, None)", "1"),
     ]
     batch = [one for attack in attacks for one in (attack, alive)]
-    outcomes = run(batch, {"seconds": 0.5, "wall_seconds": 3.0}, level)
+    outcomes = run(batch, level=level)
     assert all(o.status == "ok" and o.values == ["5"] for o in outcomes[1::2])
     for attack, outcome in zip(attacks[:3], outcomes[:6:2], strict=True):
         assert outcome.status == "error", (attack, outcome)
@@ -136,7 +140,7 @@ def test_no_files_no_secrets_no_network(level, tmp_path, monkeypatch):
     new, secret, environment, connect, url, left, clean, prefix, _, last = outcomes
     assert new.status == "error" and not (tmp_path / "new").exists()
     assert secret.values == [None] and "s3cret" not in str(outcomes)
-    assert environment.values[0] in ("{}", "{'LC_CTYPE': 'C.UTF-8'}") and environment.values[1:] == ["[]", "None"]
+    assert environment.values == ["{}", "[]", "None"]
     assert connect.status == "error" and url.values == [None]
     assert left.values == ["['left']"] and clean.values == ["[]"]
     assert prefix.status == "error" and not Path(sys.base_prefix, "evil").exists()

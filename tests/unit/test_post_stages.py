@@ -1,0 +1,238 @@
+"""The post-training stages, end to end on a model of 30 thousand parameters: they run, learn, and resume bit for bit."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from post_helpers import artifact, context, save_checkpoint
+from tiny import jsonl
+
+from stages.stage import CuveeError, Kind, load, parse
+
+COMMON = {"sequence_length": 128, "schedule": "constant", "weight_decay": 0.0, "beta2": 0.99, "log_every": 1000}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(stage: str, values: dict, folder: Path, scratch: Path | None = None, **inputs) -> dict[str, float]:
+    """The stage as stages.run would run it; its artifact is `folder`."""
+    module = load(stage)
+    config = parse(module.Config, values, stage)
+    module.check(config, inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    return module.run(config, inputs, folder, context(scratch or folder.with_name(folder.name + "-scratch")))
+
+
+def number_prompts(path: Path, answers: int, target: int = 7, seed: int = 0, count: int = 64):
+    """Prompts of the math task's shape: `Pick a number, <name>`, answered by a digit at random; right is `target`."""
+    rng = random.Random(seed)
+    rows = [
+        {
+            "id": f"n{i}",
+            "domain": "math",
+            "messages": [{"role": "user", "content": f"Pick {rng.randrange(1000)}"}],
+            "answer": str(rng.randrange(answers)),
+            "check": {"number": target},
+        }
+        for i in range(count)
+    ]
+    jsonl(path / "train.jsonl", rows)
+    jsonl(path / "heldout.jsonl", rows[:16])
+    return artifact(path, Kind.PROMPTS)
+
+
+def accuracy(model: Path, prompts) -> float:
+    """Mean verifier reward of greedy answers to held-out prompts."""
+    from stages.chat.render import render
+    from stages.rewards.verifier import Reward
+    from stages.rollout.engines.transformers import Engine
+
+    engine = Engine(model, context(model.parent / "engine"))
+    rows = [json.loads(line) for line in (prompts.path / "heldout.jsonl").read_text().splitlines()]
+    ids = [render(engine.tokenizer, r["messages"], generation=True).ids for r in rows]
+    stop = engine.tokenizer.eos_token_id
+    made = engine.generate(ids, n=1, max_new_tokens=8, temperature=0.0, seed=0, stop=[stop])
+    rewards = Reward()(rows, [[c.text for c in row] for row in made])
+    return sum(max(r[0], 0.0) for r in rewards) / len(rewards)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A random checkpoint."""
+    return artifact(save_checkpoint(tmp_path_factory.mktemp("start"), std=0.1), Kind.CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return {"math": number_prompts(tmp_path_factory.mktemp("prompts"), 10)}
+
+
+@pytest.fixture(scope="module")
+def speaker(start, prompts, tmp_path_factory):
+    """A policy that answers a digit and ends its turn, by SFT."""
+    folder = tmp_path_factory.mktemp("sft") / "out"
+    metrics = run(
+        "train.sft", {**COMMON, "steps": 40, "batch_groups": 16, "lr": 0.01}, folder, init=start, prompts=prompts
+    )
+    assert metrics["loss"] < 0.5 * metrics["loss_first"]
+    return artifact(folder, Kind.CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, prompts):
+    """Completions of which even digits are rewarded."""
+    rows = [json.loads(line) for line in (prompts["math"].path / "train.jsonl").read_text().splitlines()]
+    rng = random.Random(1)
+    for row in rows:
+        even, odd = rng.choice("2468"), rng.choice("13579")
+        row.update(completions=[odd, even, "0"], rewards=[-1.0, 1.0, 0.5])
+    folder = tmp_path_factory.mktemp("pairs")
+    jsonl(folder / "samples.jsonl", rows)
+    return artifact(folder, Kind.PAIRS)
+
+
+def test_sft_raises_the_verifier_accuracy(start, tmp_path):
+    """The answer is in the prompt: copy the number."""
+    from stages.tasks import math as task
+
+    rows = []
+    for i in range(200):
+        number = i % 10
+        rows.append({
+            "id": f"c{i}", "domain": "math", "messages": [{"role": "user", "content": f"Say {number}"}],
+            "answer": str(number), "check": {"number": number},
+        })  # fmt: skip
+    assert task.verify(rows[3], "3") == 1.0
+    jsonl(tmp_path / "prompts" / "train.jsonl", rows)
+    jsonl(tmp_path / "prompts" / "heldout.jsonl", rows[:20])
+    prompts = {"math": artifact(tmp_path / "prompts", Kind.PROMPTS)}
+    before = accuracy(start.path, prompts["math"])
+    values = {**COMMON, "steps": 60, "batch_groups": 20, "lr": 0.01}
+    run("train.sft", values, tmp_path / "out", init=start, prompts=prompts)
+    assert before < 0.2 and accuracy(tmp_path / "out", prompts["math"]) > 0.9
+
+
+def test_sft_with_replay_and_best_of_n(start, pairs, prompts, tmp_path):
+    import numpy as np
+
+    from stages.data.indexed import write
+
+    (tmp_path / "tokens").mkdir()
+    write(tmp_path / "tokens" / "train-prose", [np.arange(20, 90) for _ in range(5)], 320)
+    tokens = artifact(tmp_path / "tokens", Kind.TOKENS)
+    values = {**COMMON, "steps": 3, "batch_groups": 8, "replay": 0.5}
+    run("train.sft", values, tmp_path / "a", init=start, prompts=prompts, tokens=tokens)
+    values = {**COMMON, "steps": 30, "batch_groups": 8, "lr": 0.01, "min_reward": 1.0}
+    run("train.sft", values, tmp_path / "b", init=start, pairs=pairs)
+    engine_prompts = prompts["math"]
+    assert accuracy(tmp_path / "b", engine_prompts) == 0.0, "7 is odd: never the best of a prompt"
+    with pytest.raises(CuveeError, match=r"sft.min_reward: of 64 prompts 0"):
+        run("train.sft", {**values, "min_reward": 2.0}, tmp_path / "c", init=start, pairs=pairs)
+
+
+def test_sample_writes_rewarded_completions(speaker, prompts, tmp_path):
+    values = {"prompts": 20, "completions": 3, "max_new_tokens": 6, "with_answer": True, "sequence_length": 128}
+    metrics = run("rollout.sample", values, tmp_path / "a", policy=speaker, prompts=prompts)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    for row in rows:
+        assert len(row["completions"]) == len(row["rewards"]) == len(row["tokens"]) == 4
+        assert row["completions"][-1] == row["answer"]
+        assert row["rewards"] == row["parts"]["verifier"]
+    assert metrics["tokens_per_second"] > 0 and -0.5 <= metrics["reward"] <= 1
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["prompts"] == 20 and summary["domains"]["math"]["prompts"] == 20
+    run("rollout.sample", values, tmp_path / "b", policy=speaker, prompts=prompts)
+    for name in ("samples.jsonl", "summary.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_reward_model_learns_the_preference_and_rewards_by_it(speaker, pairs, prompts, tmp_path):
+    values = {**COMMON, "steps": 60, "batch_groups": 8, "lr": 0.01, "pairs_per_prompt": 3, "heldout": 0.2}
+    metrics = run("train.reward", values, tmp_path / "reward", init=speaker, pairs=pairs)
+    assert metrics["steps"] <= 20, "one epoch over 51 prompts with 3 pairs each"
+    assert metrics["heldout_accuracy"] > 0.9 and metrics["heldout_pairs"] == 39
+    reward = artifact(tmp_path / "reward", Kind.REWARD_MODEL)
+    values = {"prompts": 8, "completions": 2, "max_new_tokens": 6, "rewards": {"reward_model": 1.0}}
+    run("rollout.sample", values, tmp_path / "samples", policy=speaker, prompts=prompts, reward=reward)
+    rows = [json.loads(line) for line in (tmp_path / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert all(row["rewards"] == row["parts"]["reward_model"] for row in rows)
+
+
+@pytest.mark.parametrize("objective, options, lr", [
+    ("dpo", {}, 0.003), ("ipo", {}, 0.003), ("ipo", {"average": False}, 0.003), ("srpo", {"beta": 0.05}, 0.003),
+    ("copg", {"beta": 0.1}, 0.003),
+])  # fmt: skip
+def test_preference_prefers_what_was_rewarded(speaker, pairs, tmp_path, objective, options, lr):
+    values = {**COMMON, "steps": 15, "batch_groups": 16, "lr": lr, "objective": objective, "options": options}
+    run("train.preference", {**values, "sft_weight": 0.1}, tmp_path / "out", init=speaker, pairs=pairs)
+    assert preferred(tmp_path / "out", pairs) > preferred(speaker.path, pairs) + 0.3
+
+
+def preferred(model: Path, pairs) -> float:
+    """Mean over pairs of log p(rewarded digit) - log p(other digit), nats."""
+    from stages.rollout._collect import answer_ids, render_prompt
+    from stages.rollout.engines.transformers import Engine
+
+    engine = Engine(model, context(model.parent / "engine"))
+    gaps = []
+    for line in (pairs.path / "samples.jsonl").read_text().splitlines()[:16]:
+        row = json.loads(line)
+        ids = render_prompt(engine.tokenizer, row)
+        odd, even = (ids + answer_ids(engine.tokenizer, row["messages"], c) for c in row["completions"][:2])
+        worse, better = engine.logprobs([odd, even])
+        gaps.append(float(better[len(ids) - 1 :].sum() - worse[len(ids) - 1 :].sum()))
+    return sum(gaps) / len(gaps)
+
+
+RL = {**COMMON, "max_new_tokens": 4, "batch_groups": 8, "completions": 4, "lr": 0.003, "options": {"beta": 0.02}}
+
+
+@pytest.mark.parametrize("every, steps", [(1, 16), (4, 24), (0, 24)])
+def test_copg_raises_the_reward(speaker, prompts, tmp_path, every, steps):
+    """Of ten digits one is right. Online and offline."""
+    values = {**RL, "steps": steps, "rollout_every": every}
+    metrics = run("train.rl", values, tmp_path / "out", init=speaker, prompts=prompts)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == steps * 8
+    assert metrics["reward_first"] < 0.3
+    assert accuracy(tmp_path / "out", prompts["math"]) > 0.9
+    if every:
+        assert metrics["reward_last"] > metrics["reward_first"] + 0.1
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("every", [1, 3, 0])
+def test_rl_resumes_bit_for_bit(speaker, prompts, tmp_path, every, monkeypatch):
+    """Killed after the rollouts of a block, before the next checkpoint; then again before any rollout."""
+    from stages.train import rl
+
+    values = {**RL, "steps": 7, "rollout_every": every, "save_every": 2}
+    run("train.rl", values, tmp_path / "whole", init=speaker, prompts=prompts)
+    batch = rl.Rollouts.batch
+    for at in (3, 5):
+
+        def until(self, step, trainer, at=at):
+            found = batch(self, step, trainer)
+            if step == at:
+                raise Killed
+            return found
+
+        monkeypatch.setattr(rl.Rollouts, "batch", until)
+        with pytest.raises(Killed):
+            run("train.rl", values, tmp_path / "parts", init=speaker, prompts=prompts)
+    monkeypatch.setattr(rl.Rollouts, "batch", batch)
+    run("train.rl", values, tmp_path / "parts", init=speaker, prompts=prompts)
+    for name in ("model.safetensors", "rollouts.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
