@@ -18,19 +18,23 @@ import sys
 import traceback
 import warnings
 
+from stages.run import main, passive_threads
+
 PRELOAD = ("torch", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
            "transformers.models.cohere2.modeling_cohere2", "pyarrow.parquet", "tokenizers")
 GRACE_SECONDS = 5.0
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def serve() -> None:
     """Serve jobs until standard input ends. Single-threaded: forking is only safe without threads."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not mix with the answers
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # grandchildren of a dead stage come to us, to be ended
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # grandchildren of a dead stage come to us, to be ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: _end())
+    passive_threads()
     with warnings.catch_warnings(action="ignore"):  # Megatron-core advises to install Apex; a CPU has no use for it
         for name in PRELOAD:
             importlib.import_module(name)
@@ -53,18 +57,19 @@ def serve() -> None:
                 return _end()
             *lines, pending = (pending + chunk).split(b"\n")
             for request in map(json.loads, lines):
-                pid = _fork(request)
+                pid = _fork(request, libc)
                 jobs[pid] = request["job"]
                 answers.write(json.dumps({"job": request["job"], "pid": pid}) + "\n")
 
 
-def _fork(request: dict) -> int:
+def _fork(request: dict, libc: ctypes.CDLL) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         os.setsid()
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # kill -9 of the worker must not leave a stage that writes on
         signal.set_wakeup_fd(-1)
         for name in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)
@@ -73,8 +78,6 @@ def _fork(request: dict) -> int:
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ["OMP_NUM_THREADS"] = str(request["threads"])
-        from stages.run import main
-
         status = main(request["spec"])
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1

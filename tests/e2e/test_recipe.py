@@ -1,0 +1,211 @@
+"""The whole recipe at scale=micro through the command line, as a user runs it; then what must hold afterwards.
+
+The tests of this module share one run and build on each other, in this order.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+EXPERTS = "recipe.experts=[math,safety]"  # two experts: the same graph, narrower
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipe")
+
+
+def command(*args):
+    return [sys.executable, "-m", "flows.cli", *args]
+
+
+def environment(home, state="state"):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CUVEE_"))}
+    return inherited | {"CUVEE_STATE": str(home / state), "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def cuvee(home, *args, state="state", check=True):
+    done = subprocess.run(command(*args), cwd=home, env=environment(home, state), capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def records(home, state="state"):
+    store = home / state / "store"
+    return {alias.name: json.loads((store / "artifacts" / alias.read_text() / "record.json").read_text())
+            for alias in (store / "aliases").iterdir()}
+
+
+def test_the_whole_recipe(home):
+    out = cuvee(home, "run", "scale=micro").stdout
+    made = records(home)
+    assert len(made) == 55 and "55 of 55 stages to make" in out
+    for line in ("polished", "cuvee chat polished", "report.html", "mlflow", "prefect"):
+        assert line in out
+    export = made["export"]
+    assert export["metrics"]["max_abs_difference"] <= 1e-4 < export["metrics"]["longest"] > export["metrics"]["sliding_window"]
+    page = (home / "state/store/artifacts" / made["report"]["fingerprint"] / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']https?://""", page) and "polished" in page
+
+
+def test_a_second_run_does_nothing_and_says_so(home):
+    before, started = records(home), time.monotonic()
+    assert "nothing to do" in cuvee(home, "run", "scale=micro").stdout
+    assert time.monotonic() - started < 30 and records(home) == before
+    assert cuvee(home, "plan", "scale=micro").stdout.rstrip().endswith("nothing will run")
+
+
+def test_the_exported_model_is_transformers_own(home):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = home / "state/store/artifacts" / records(home)["export"]["fingerprint"]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "How many?"}], add_generation_prompt=True, return_tensors="pt")
+    ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
+    assert model(ids).logits.shape == (1, ids.shape[1], model.config.vocab_size)
+
+
+def test_mlflow_has_a_run_an_artifact_linked_to_its_inputs(home):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'state/mlflow.db'}")
+    made = records(home)
+    run = client.get_run(made["polished"]["mlflow"]["run_id"])
+    assert run.data.tags["cuvee.fingerprint"] == made["polished"]["fingerprint"]
+    assert run.info.status == "FINISHED" and run.data.params["objective"] == "copg"
+    assert made["preference"]["mlflow"]["model_id"] in {m.model_id for m in run.inputs.model_inputs}
+    assert made["polished"]["mlflow"]["model_id"] in {m.model_id for m in run.outputs.model_outputs}
+    assert len(client.get_metric_history(made["pretrained"]["mlflow"]["run_id"], "loss")) >= 12
+    version = client.get_model_version_by_alias("cuvee-command-a", "polished")
+    assert version.tags["cuvee.fingerprint"] == made["polished"]["fingerprint"]
+    parents = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.data.tags['mlflow.parentRunId']}'")
+    assert len(parents) == 55
+
+
+def test_plan_names_what_a_changed_learning_rate_remakes(home):
+    lines = cuvee(home, "plan", "scale=micro", "expert.math.sft.lr=0.5").stdout.splitlines()
+    runs = {line.split()[0]: line for line in lines if len(line.split()) > 2 and line.split()[2] == "run"}
+    assert "lr: 0.002 -> 0.5" in runs["sft-math"] and "rl-code" in runs and "report" in runs
+    assert not {"sft-code", "instruct", "corpus", "reward", "scores-sft-code"} & runs.keys()
+
+
+def test_why_diff_verify(home):
+    assert "corpus" in cuvee(home, "why", "polished").stdout
+    assert "config.objective" in cuvee(home, "diff", "rl-safety", "rl-math").stdout
+    assert "all intact" in cuvee(home, "verify", "report").stdout
+    corpus = home / "state/store/artifacts" / records(home)["corpus"]["fingerprint"] / "table.json"
+    data = corpus.read_bytes()
+    corpus.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    found = cuvee(home, "verify", "polished", check=False)
+    assert found.returncode == 1 and "corpus" in found.stdout and "table.json was changed" in found.stdout
+    corpus.write_bytes(data)
+    unknown = cuvee(home, "why", "polishd", check=False)
+    assert unknown.returncode == 2 and "did you mean 'polished'" in unknown.stderr
+
+
+def test_a_model_talks(home):
+    done = subprocess.run(command("chat", "polished"), cwd=home, env=environment(home), input="How many?\n/quit\n",
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused = cuvee(home, "chat", "corpus", check=False)
+    assert refused.returncode == 2 and "not a model" in refused.stderr
+
+
+def run_in_background(home, state, *args):
+    # A session of its own, so that a kill of the group can't reach the test.
+    return subprocess.Popen(command("run", *args), cwd=home, env=environment(home, state), start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition, seconds, process):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def checkpoint_of(state):
+    """A condition: some training stage has committed a checkpoint to resume from."""
+    return lambda: any(state.glob("work/*/scratch/checkpoints/*"))
+
+
+def below(state):
+    """Processes that work for this state directory."""
+    found = []
+    for process in psutil.process_iter(["pid", "environ"]):
+        try:
+            if (process.info["environ"] or {}).get("CUVEE_STATE") == str(state) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def test_kill_9_then_the_same_bytes(home):
+    """Killed twice during pretraining; finished stages stay, training goes on, and the result is the uninterrupted one."""
+    slow = ("scale=micro", "pretrain.steps=40", "pretrain.save_every=4", "--until", "pretrained")
+    state = home / "killed"
+    shutil.copytree(home / "state/store", state / "store")  # the data stages are made; pretraining is not
+    reached = 0
+    for _ in range(2):
+        process = run_in_background(home, "killed", *slow)
+        saved = set(state.glob("work/*/scratch/checkpoints/*"))
+        wait_until(lambda: set(state.glob("work/*/scratch/checkpoints/*")) - saved, 120, process)  # noqa: B023
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 20
+        while below(state) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert below(state) == []  # worker, stage and server have followed
+        reached += 1
+    out = cuvee(home, "run", *slow, state="killed").stdout
+    assert "1 of 9 stages to make" in out
+    log = next((state / "work").glob("*/log.txt")).read_text()
+    assert "resumed after step" in log
+    cuvee(home, "run", *slow)  # without interruption
+    whole, resumed = records(home)["pretrained"], records(home, "killed")["pretrained"]
+    assert whole["files"] == resumed["files"] and whole["fingerprint"] == resumed["fingerprint"]
+    assert [s for s in whole["series"]["loss"]] == resumed["series"]["loss"]
+
+
+def test_prefect_knows_that_the_killed_runs_died(home):
+    import sqlite3
+
+    with sqlite3.connect(home / "killed/prefect/prefect.db") as database:
+        states = [row[0] for row in database.execute("select state_type from flow_run order by created")]
+    assert states.count("CRASHED") == 2 and states[-1] == "COMPLETED" and "RUNNING" not in states
+
+
+def test_ctrl_c_is_one_sentence_and_leaves_nothing_running(home):
+    state = home / "interrupted"
+    shutil.copytree(home / "state/store", state / "store")
+    process = run_in_background(home, "interrupted", "scale=micro", "pretrain.steps=2000", "--until", "pretrained")
+    wait_until(checkpoint_of(state), 120, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; what was finished is kept" in error and "Traceback" not in error
+    assert below(state) == []
+    assert not (state / "store/leases").exists() or not list((state / "store/leases").iterdir())
+
+
+@pytest.mark.parametrize("override, sentence", [
+    ("data.sources=[/nowhere/at/all]", "/nowhere/at/all"),
+    ("data.sources=[empty]", "empty"),
+    ("store.uri=/proc/nowhere", "folder that you may write"),
+])
+def test_bad_input_is_one_sentence(home, override, sentence):
+    (home / "empty").mkdir(exist_ok=True)
+    done = cuvee(home, "run", "scale=micro", override, EXPERTS, state="bad", check=False)
+    assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.strip().splitlines()) == 1
