@@ -39,7 +39,10 @@ def compose(overrides: list[str]) -> DictConfig:
     try:
         conf = _compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(error, overrides)) from None
+        opened = _open_dictionaries(overrides)
+        if opened == list(overrides):
+            raise ConfigError(_sentence(error, overrides)) from None
+        return compose(opened)
     for key in sorted(OmegaConf.missing_keys(conf)):
         raise ConfigError(f"{key} must be given, e.g. {key}=...; see the comments in conf/{key.split('.')[0]}")
     for key, value in conf.items():
@@ -57,6 +60,21 @@ def _compose(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra_compose("cuvee", overrides=list(overrides))
+
+
+def _open_dictionaries(overrides: list[str]) -> list[str]:
+    """The overrides with `++` before those that add a key to a dictionary field (rewards, weights, mix, options):
+    Hydra takes a dictionary's keys of today for all that may ever be."""
+    base, opened = _compose([]), []
+    for override in overrides:
+        key = override.partition("=")[0]
+        node, free = base, False
+        for part in key.split("."):
+            inside = isinstance(node, DictConfig) and OmegaConf.get_type(node) not in (dict, None)
+            node = OmegaConf.select(node, part) if isinstance(node, DictConfig) and part in node else None
+            free = free or (inside and isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict)
+        opened.append(f"++{override}" if free and override[0] not in "+~" else override)
+    return opened
 
 
 def _primary() -> dict:

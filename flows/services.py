@@ -20,6 +20,8 @@ from flows.config import state_dir
 from stages.stage import CuveeError
 
 START_SECONDS = 120
+UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "PAUSE_EXPIRATIONS", "CANCELLATION_CLEANUP", "REPOSSESSOR",
+                   "CLEANUP_RECONCILER", "TRIGGERS")
 PR_SET_PDEATHSIG = 1
 
 
@@ -56,10 +58,13 @@ def answers(url: str) -> bool:
         return False
 
 
-def start_prefect(port: int, log: Path) -> subprocess.Popen:
-    """Prefect's API and UI on loopback. Ends with this process, however this process ends."""
+def start_prefect(port: int, log: Path, private: bool = False) -> subprocess.Popen:
+    """Prefect's API and UI on loopback. Ends with this process, however this process ends. private: for one run of
+    the command line, without the services that schedule runs and watch workers."""
     url = f"http://127.0.0.1:{port}"
     extra = {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
+    if private:
+        extra |= {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in UNUSED_SERVICES}
     return start([sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
                    "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning",
                    "--timeout-keep-alive", "30"], log, extra)
@@ -127,7 +132,7 @@ def prefect_api() -> Iterator[str]:
         yield running
         return
     port, log = free_port(), state_dir() / "logs" / "prefect.log"
-    server = start_prefect(port, log)
+    server = start_prefect(port, log, private=True)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     try:
         wait_for(server, f"http://127.0.0.1:{port}/api/health", log, "the Prefect server")

@@ -213,12 +213,18 @@ def ancestors(store: Any, found: Any) -> dict[str, dict[str, Any]]:
 @cache
 def environment() -> dict[str, str]:
     """What the bytes may depend on besides recipe and code: interpreter, machine, library versions, code version."""
-    libraries = ("torch", "megatron-core", "transformers", "tokenizers", "numpy")
+    libraries = ("cuvee", "torch", "megatron-core", "transformers", "tokenizers", "numpy")
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
                             capture_output=True, text=True).stdout.strip()
     return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(),
-            "cuvee": importlib.metadata.version("cuvee"), "commit": commit,
-            **{name: importlib.metadata.version(name) for name in libraries}}
+            "commit": commit, **{name: _version(name) for name in libraries}}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from its folder, without an installation
+        return "not installed"
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -93,6 +93,12 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         config=config, stream=stream, objective=objective(config, *KINDS), out=out, ctx=ctx, init=init, tokenizer=init,
         reference=init if module.NEEDS_REFERENCE else None,
     )  # fmt: skip
+    if not any(any(map(stream.grouper, read_jsonl(path))) for path in stream.files()):
+        raise CuveeError(
+            f"rewards: no prompt of any rollout has completions that differ by more than min_gap {config.min_gap} (or they "
+            f"exceed sequence_length {config.sequence_length}), so nothing was learned; sample more completions, or set "
+            "with_answer=true"
+        )
     blocks = [read_jsonl(path) for path in stream.files()]
     write_jsonl(out / "rollouts.jsonl", [{"block": i, **row} for i, rows in enumerate(blocks) for row in rows])
     first, last = (statistics(rows, config.completions) for rows in (blocks[0], blocks[-1]))
@@ -128,6 +134,8 @@ class Rollouts:
         number, first = self.config.block(step)
         if number != self.current:
             self.groups, self.current = self._block(number, first, trainer), number
+        if not self.groups:
+            return []
         at = (step - first) * self.config.batch_groups
         order = epoch_slice(len(self.groups), at, self.config.batch_groups, self.config.seed + first)
         return [group for i in order for group in self.groups[i]]
@@ -139,10 +147,7 @@ class Rollouts:
         rows = read_jsonl(self._file(number))
         groups = [found for found in map(self.grouper, rows) if found]
         if not groups:
-            raise CuveeError(
-                f"rl: none of the {len(rows)} prompts sampled at step {first} gives a group: rewards do not differ by more "
-                f"than min_gap {self.config.min_gap}, or sequence_length {self.config.sequence_length} is too short"
-            )
+            self.ctx.log(f"step {first}: none of {len(rows)} prompts tells its completions apart; nothing to learn from")
         return groups
 
     def _sample(self, number: int, first: int, trainer: Any) -> list[dict[str, Any]]:

@@ -24,12 +24,14 @@ from stages.trainer.batch import Group, Loss, Packed
 from stages.trainer.config import TrainConfig
 from stages.trainer.trainer import Trainer
 
+NOTHING = {"loss": math.nan, "grad_norm": 0.0, "tokens": 0.0, "skipped": 0.0}  # metrics of a step without groups
 RECENT = 50  # closing metrics are means over at most so many last steps, and at most a tenth of the run
 
 
 class Stream(Protocol):
     def batch(self, step: int, trainer: Trainer) -> list[Group]:
-        """The groups of optimizer step `step` (from 0): a function of the seed, the step and the trainer's weights."""
+        """The groups of optimizer step `step` (from 0): a function of the seed, the step and the trainer's weights.
+        None where there is nothing to learn from (every completion rewarded alike): the step leaves the weights."""
         ...
 
 
@@ -96,7 +98,8 @@ def _loop(
         step, lr = progress.step, config.learning_rate(progress.step)
         # Randomness is a function of (seed, step), so that there is no generator to save.
         torch.manual_seed(config.seed * 1_000_003 + step)
-        metrics = trainer.step(stream.batch(step, trainer), lr)
+        groups = stream.batch(step, trainer)
+        metrics = trainer.step(groups, lr) if groups else dict(NOTHING)
         progress.step += 1
         progress.tokens += int(metrics.pop("tokens"))
         _count_skipped(config, progress, metrics)

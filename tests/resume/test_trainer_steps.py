@@ -200,6 +200,19 @@ def test_an_infinite_gradient_leaves_the_weights_alone():
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_step_with_nothing_to_learn_from_passes(tmp_path, words):
+    class Sparse(Counting):
+        def batch(self, step, trainer):
+            return super().batch(step, trainer) if step == 1 else []
+
+    metrics, out = run(tmp_path, words, stream=Sparse(), config={"steps": 4})
+    assert metrics["steps"] == 4 and metrics["skipped"] == 0 and math.isfinite(metrics["loss_first"])
+    trainer = Trainer(config(), SIZES, cross_entropy)
+    trainer.step(Counting().batch(1, None), config(steps=4).learning_rate(1))
+    expected, found = trainer.hf_state(), Trainer(config(), SIZES, cross_entropy, init=out).hf_state()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
 def test_too_many_bad_losses_in_a_row_stop_the_run(tmp_path, words):
     with pytest.raises(CuveeError, match="max_skipped: .* 4 steps in a row"):
         run(tmp_path, words, objective=lambda b: Loss(b.logprobs.sum() * math.nan, 1.0), config={"max_skipped": 3})
