@@ -25,11 +25,11 @@ class Config(ObjectiveConfig, TrainConfig):
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
-    config.check("preference")
+    config.check()
     config.resolve(*KINDS)
     if config.batch_groups < 1 or config.pairs_per_prompt < 1:
         raise ConfigError(
-            f"preference: batch_groups is {config.batch_groups}, pairs_per_prompt {config.pairs_per_prompt}; give at least 1"
+            f"batch_groups is {config.batch_groups}, pairs_per_prompt {config.pairs_per_prompt}; give at least 1"
         )
 
 
@@ -62,7 +62,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     groups = [group for row in good for group in grouper(row)]
     if not groups:
         raise CuveeError(
-            f"preference: none of {len(rows)} prompts gives a {module.GROUP} group ({len(good)} above min_mean_reward, "
+            f"none of {len(rows)} prompts gives a {module.GROUP} group ({len(good)} above min_mean_reward, "
             f"min_gap {config.min_gap}, sequence_length {config.sequence_length}); sample more or loosen these"
         )
     ctx.log(f"{len(groups)} groups ({module.GROUP}) from {len(good)} of {len(rows)} prompts")

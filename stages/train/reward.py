@@ -27,13 +27,13 @@ class Config(TrainConfig):
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
-    config.check("reward")
+    config.check()
     if config.batch_groups < 1 or config.pairs_per_prompt < 1:
         raise ConfigError(
-            f"reward: batch_groups is {config.batch_groups}, pairs_per_prompt {config.pairs_per_prompt}; give at least 1"
+            f"batch_groups is {config.batch_groups}, pairs_per_prompt {config.pairs_per_prompt}; give at least 1"
         )
     if not 0 < config.heldout < 1:
-        raise ConfigError(f"reward.heldout: {config.heldout} is no share; give more than 0 and less than 1")
+        raise ConfigError(f"heldout: {config.heldout} is no share; give more than 0 and less than 1")
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -63,7 +63,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     judged = [group for row in held_out for group in grouper(row)]
     if not groups or not judged:
         raise CuveeError(
-            f"reward: {len(rows)} prompts give {len(groups)} pairs to train on and {len(judged)} to hold out within "
+            f"{len(rows)} prompts give {len(groups)} pairs to train on and {len(judged)} to hold out within "
             f"sequence_length {config.sequence_length} and min_gap {config.min_gap}; sample more prompts or completions"
         )
     steps = min(config.steps, -(-len(groups) // config.batch_groups))

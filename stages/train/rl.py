@@ -54,16 +54,16 @@ class Config(ObjectiveConfig, SampleConfig, TrainConfig):
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
-    config.check("rl")
+    config.check()
     config.check_sampling(inputs)
     config.resolve(*KINDS)
     if config.batch_groups < 1 or config.rollout_every < 0 or config.rollout_prompts < 0:
         raise ConfigError(
-            f"rl: batch_groups is {config.batch_groups}, rollout_every {config.rollout_every}, rollout_prompts "
+            f"batch_groups is {config.batch_groups}, rollout_every {config.rollout_every}, rollout_prompts "
             f"{config.rollout_prompts}; give at least 1, 0 and 0"
         )
     if config.completions + config.with_answer < 2:
-        raise ConfigError(f"rl.completions: {config.completions} contrasts nothing; give at least 2")
+        raise ConfigError(f"completions: {config.completions} contrasts nothing; give at least 2")
 
 
 def external(config: Config) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Rollouts:
         for domain, rows in found.items():
             if not rows:
                 raise CuveeError(
-                    f"rl.sequence_length: no prompt of {domain} is within {longest} tokens (sequence_length - "
+                    f"sequence_length: no prompt of {domain} is within {longest} tokens (sequence_length - "
                     f"max_new_tokens); raise it or leave the domain out of mix"
                 )
             if len(rows) < len(prompts[domain]):

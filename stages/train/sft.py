@@ -28,15 +28,15 @@ class Config(TrainConfig):
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
-    config.check("sft")
+    config.check()
     check_mix(config.mix, inputs)
     if ("prompts" in inputs) == ("pairs" in inputs):
-        raise ConfigError("sft: give one of the inputs `prompts` (reference answers) and `pairs` (best of N), not both")
+        raise ConfigError("give one of the inputs `prompts` (reference answers) and `pairs` (best of N), not both")
     if config.replay and "tokens" not in inputs:
-        raise ConfigError(f"sft.replay: {config.replay} asks for pretraining documents; give the input `tokens`")
+        raise ConfigError(f"replay: {config.replay} asks for pretraining documents; give the input `tokens`")
     if config.batch_groups < 1 or not 0 <= config.replay <= 1:
         raise ConfigError(
-            f"sft: batch_groups is {config.batch_groups}, replay {config.replay}; give at least 1 and 0 to 1"
+            f"batch_groups is {config.batch_groups}, replay {config.replay}; give at least 1 and 0 to 1"
         )
 
 
@@ -77,7 +77,7 @@ class Conversations:
         groups = [[s] for s in (self._sequence(self.prompts[domain][i]) for domain, i in slots) if s]
         if not groups:
             raise CuveeError(
-                f"sft.sequence_length: all {len(slots)} conversations of step {step} are longer than "
+                f"sequence_length: all {len(slots)} conversations of step {step} are longer than "
                 f"{self.config.sequence_length} tokens; raise it or leave the domain out of mix"
             )
         return groups + (self.replay.batch(step, groups) if self.replay else [])
@@ -143,7 +143,7 @@ class BestOfN:
         groups = [g for row in good for g in grouper(row)]
         if not groups:
             raise CuveeError(
-                f"sft.min_reward: of {len(rows)} prompts {len(good)} have a completion rewarded {config.min_reward} or more, "
+                f"min_reward: of {len(rows)} prompts {len(good)} have a completion rewarded {config.min_reward} or more, "
                 f"none within sequence_length {config.sequence_length}; lower min_reward or sample more"
             )
         ctx.log(

@@ -175,11 +175,11 @@ def test_heldout_prompts_share_no_prompt_with_the_rest():
         ("train.rl", {"mix": {"mth": 1.0}}, {"prompts": {"math": 0}}, "mix: 'mth' is not known; did you mean 'math'"),
         ("train.rl", {"rewards": {"verifer": 1.0}}, {}, "rewards: 'verifer' is not known"),
         ("train.rl", {"rewards": {"reward_model": 1.0}}, {}, "no input `reward`"),
-        ("train.rl", {"rewards": {"reward_model": 1.0}, "completions": 1}, {"reward": 0}, "rl.completions: 1"),
+        ("train.rl", {"rewards": {"reward_model": 1.0}, "completions": 1}, {"reward": 0}, "completions: 1"),
         ("rollout.sample", {"rewards": {"reward_model": 0.0}}, {}, "rewards nothing"),
         ("train.sft", {}, {}, "`prompts`"),
-        ("train.sft", {"replay": 0.1}, {"prompts": {"math": 0}}, "sft.replay: 0.1"),
-        ("train.reward", {"heldout": 0.0}, {}, "reward.heldout: 0.0"),
+        ("train.sft", {"replay": 0.1}, {"prompts": {"math": 0}}, "replay: 0.1"),
+        ("train.reward", {"heldout": 0.0}, {}, "heldout: 0.0"),
     ],
 )
 def test_impossible_configurations_are_refused(stage, values, inputs, message):

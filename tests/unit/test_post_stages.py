@@ -134,7 +134,7 @@ def test_sft_with_replay_and_best_of_n(start, pairs, prompts, tmp_path):
     run("train.sft", values, tmp_path / "b", init=start, pairs=pairs)
     engine_prompts = prompts["math"]
     assert accuracy(tmp_path / "b", engine_prompts) == 0.0, "7 is odd: never the best of a prompt"
-    with pytest.raises(CuveeError, match=r"sft.min_reward: of 64 prompts 0"):
+    with pytest.raises(CuveeError, match=r"min_reward: of 64 prompts 0"):
         run("train.sft", {**values, "min_reward": 2.0}, tmp_path / "c", init=start, pairs=pairs)
 
 

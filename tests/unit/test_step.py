@@ -18,7 +18,6 @@ from stages.stage import CuveeError
 from stages.store.local import LocalStore
 
 
-
 class NoTracker:
     """The tracker's interface without MLflow."""
 
