@@ -14,7 +14,7 @@ class Scorer:
     def __init__(self, path: Path, ctx: Context):
         import torch
         from safetensors.torch import load_file
-        from transformers import AutoModel
+        from transformers import AutoConfig, AutoModel
 
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(path.glob("*.safetensors")):
@@ -23,8 +23,10 @@ class Scorer:
             raise CuveeError(
                 f"{path}: no tensor score.weight in its safetensors; a reward model (train.reward) was expected"
             )
-        self.head = weights["score.weight"][0].to(ctx.device)
-        self.model = AutoModel.from_pretrained(path, dtype=torch.float32).to(ctx.device).eval()
+        self.head = weights.pop("score.weight")[0].to(ctx.device)
+        self.model = AutoModel.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+        self.model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+        self.model.to(ctx.device).eval()
 
     def __call__(self, sequences: list[list[int]]) -> list[float]:
         """The score of each sequence of token ids, at its last token. Batched by length, padded on the right."""

@@ -156,16 +156,14 @@ def revise(messages: list[dict[str, str]], draft: str) -> list[dict[str, str]]:
 
 
 class Groups:
-    """A Stream over groups that are all known at the start: shuffled epochs from the seed, `batch_groups` a step."""
+    """A Stream over the groups of each prompt, all known at the start: shuffled epochs, `count` prompts a step."""
 
-    def __init__(self, groups: list[Group], batch_groups: int, seed: int):
-        self.groups, self.batch_groups, self.seed = groups, batch_groups, seed
+    def __init__(self, prompts: list[list[Group]], count: int, seed: int):
+        self.prompts, self.count, self.seed = prompts, count, seed
 
     def batch(self, step: int, trainer: Any) -> list[Group]:
-        return [
-            self.groups[i]
-            for i in epoch_slice(len(self.groups), step * self.batch_groups, self.batch_groups, self.seed)
-        ]
+        chosen = epoch_slice(len(self.prompts), step * self.count, self.count, self.seed)
+        return [group for i in chosen for group in self.prompts[i]]
 
 
 def epoch_slice(size: int, start: int, count: int, seed: int) -> list[int]:

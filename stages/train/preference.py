@@ -59,15 +59,15 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         AutoTokenizer.from_pretrained(init), module.GROUP, config.sequence_length, min_gap=config.min_gap,
         per_prompt=config.pairs_per_prompt,
     )  # fmt: skip
-    groups = [group for row in good for group in grouper(row)]
-    if not groups:
+    prompts = [groups for groups in map(grouper, good) if groups]
+    if not prompts:
         raise CuveeError(
             f"none of {len(rows)} prompts gives a {module.GROUP} group ({len(good)} above min_mean_reward, "
             f"min_gap {config.min_gap}, sequence_length {config.sequence_length}); sample more or loosen these"
         )
-    ctx.log(f"{len(groups)} groups ({module.GROUP}) from {len(good)} of {len(rows)} prompts")
+    ctx.log(f"{sum(map(len, prompts))} groups ({module.GROUP}) of {len(prompts)} prompts; {len(rows)} were sampled")
     metrics = train(
-        config=config, stream=Groups(groups, config.batch_groups, config.seed), objective=objective(config, *KINDS),
+        config=config, stream=Groups(prompts, config.batch_groups, config.seed), objective=objective(config, *KINDS),
         out=out, ctx=ctx, init=init, tokenizer=init, reference=init if module.NEEDS_REFERENCE else None,
     )  # fmt: skip
-    return metrics | {"groups": len(groups)}
+    return metrics | {"prompts": len(prompts)}

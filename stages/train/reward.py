@@ -1,4 +1,8 @@
-"""Train a reward model: Bradley-Terry on pairs of completions, one epoch at most (a second one memorises the pairs)."""
+"""Train a reward model: Bradley-Terry on pairs of completions, one epoch at most.
+
+A second look at a completion memorises it: so the pairs of a prompt, which share completions, lie in one optimizer
+step (Ouyang et al., arXiv 2203.02155, section 3.5), and an epoch passes over each prompt once.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +21,7 @@ OUTPUT = Kind.REWARD_MODEL
 class Config(TrainConfig):
     lr: float = option(4e-5, "peak learning rate")
     steps: int = option(4000, "optimizer steps; cut to one epoch over the pairs")
-    batch_groups: int = option(64, "pairs an optimizer step")
+    batch_groups: int = option(64, "prompts an optimizer step, each with all of its pairs")
     pairs_per_prompt: int = option(1, "pairs made of each prompt's completions, those furthest apart in reward first")
     min_gap: float = option(0.0, "least difference between the rewards of a pair")
     soft_label: float = option(0.0, "label a pair sigmoid(soft_label * reward gap) instead of 1; 0 = hard labels")
@@ -37,7 +41,7 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
-    tokens = config.steps * config.batch_groups * 2 * config.sequence_length
+    tokens = config.steps * config.batch_groups * config.pairs_per_prompt * 2 * config.sequence_length
     return Estimate(parameters=inputs["init"].parameters, train_tokens=tokens)
 
 
@@ -59,24 +63,25 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         AutoTokenizer.from_pretrained(init), "pair", config.sequence_length, min_gap=config.min_gap,
         soft_label=config.soft_label, margin=config.margin, per_prompt=config.pairs_per_prompt,
     )  # fmt: skip
-    groups = [group for row in kept for group in grouper(row)]
-    judged = [group for row in held_out for group in grouper(row)]
-    if not groups or not judged:
+    prompts = [groups for groups in map(grouper, kept) if groups]
+    judged = [(row["domain"], group) for row in held_out for group in grouper(row)]
+    pairs = sum(map(len, prompts))
+    if not prompts or not judged:
         raise CuveeError(
-            f"{len(rows)} prompts give {len(groups)} pairs to train on and {len(judged)} to hold out within "
+            f"{len(rows)} prompts give {pairs} pairs to train on and {len(judged)} to hold out within "
             f"sequence_length {config.sequence_length} and min_gap {config.min_gap}; sample more prompts or completions"
         )
-    steps = min(config.steps, -(-len(groups) // config.batch_groups))
-    ctx.log(f"{len(groups)} pairs to train on in {steps} steps, {len(judged)} held out")
+    steps = min(config.steps, -(-len(prompts) // config.batch_groups))
+    ctx.log(f"{pairs} pairs of {len(prompts)} prompts to train on in {steps} steps, {len(judged)} held out")
     config = replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps - 1))
     config = replace(config, decay_steps=min(config.decay_steps, steps - config.warmup_steps))
     options = bradley_terry.Config(centring=config.centring)
     metrics = train(
-        config=config, stream=Groups(groups, config.batch_groups, config.seed),
+        config=config, stream=Groups(prompts, config.batch_groups, config.seed),
         objective=lambda batch: bradley_terry.loss(batch, options), out=out, ctx=ctx, init=init, tokenizer=init,
         head="reward",
     )  # fmt: skip
-    return metrics | {"pairs": len(groups), "heldout_pairs": len(judged), **judge(judged, out, ctx)}
+    return metrics | {"pairs": pairs, "heldout_pairs": len(judged), **judge(judged, out, ctx)}
 
 
 def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -92,12 +97,17 @@ def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[d
     return sides
 
 
-def judge(groups: list, model: Path, ctx: Context) -> dict[str, float]:
-    """Accuracy (share of pairs in which the preferred completion scores higher) and mean score gap on held-out pairs."""
+def judge(pairs: list, model: Path, ctx: Context) -> dict[str, float]:
+    """Of (domain, pair) that were not trained on: accuracy (share in which the preferred completion scores higher), over
+    all and by domain, and the mean score gap."""
     import numpy as np
 
     from stages.rewards.reward_model import Scorer
 
-    scores = Scorer(model, ctx)([s.tokens.tolist() for group in groups for s in group])
+    scores = Scorer(model, ctx)([s.tokens.tolist() for _, pair in pairs for s in pair])
     gaps = np.array(scores[0::2]) - np.array(scores[1::2])
-    return {"heldout_accuracy": float((gaps > 0).mean()), "heldout_gap": float(gaps.mean())}
+    found = {"heldout_accuracy": float((gaps > 0).mean()), "heldout_gap": float(gaps.mean())}
+    domains = np.array([domain for domain, _ in pairs])
+    return found | {
+        f"heldout_accuracy/{d}": float((gaps[domains == d] > 0).mean()) for d in sorted(set(domains.tolist()))
+    }

@@ -147,7 +147,9 @@ class Rollouts:
         rows = read_jsonl(self._file(number))
         groups = [found for found in map(self.grouper, rows) if found]
         if not groups:
-            self.ctx.log(f"step {first}: none of {len(rows)} prompts tells its completions apart; nothing to learn from")
+            self.ctx.log(
+                f"step {first}: none of {len(rows)} prompts tells its completions apart; nothing to learn from"
+            )
         return groups
 
     def _sample(self, number: int, first: int, trainer: Any) -> list[dict[str, Any]]:

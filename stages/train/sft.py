@@ -35,9 +35,7 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     if config.replay and "tokens" not in inputs:
         raise ConfigError(f"replay: {config.replay} asks for pretraining documents; give the input `tokens`")
     if config.batch_groups < 1 or not 0 <= config.replay <= 1:
-        raise ConfigError(
-            f"batch_groups is {config.batch_groups}, replay {config.replay}; give at least 1 and 0 to 1"
-        )
+        raise ConfigError(f"batch_groups is {config.batch_groups}, replay {config.replay}; give at least 1 and 0 to 1")
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -140,7 +138,7 @@ class BestOfN:
         rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
         good = [row for row in rows if row["rewards"] and max(row["rewards"]) >= config.min_reward]
         grouper = Grouper(tokenizer, "single", config.sequence_length)
-        groups = [g for row in good for g in grouper(row)]
+        groups = [found for found in map(grouper, good) if found]
         if not groups:
             raise CuveeError(
                 f"min_reward: of {len(rows)} prompts {len(good)} have a completion rewarded {config.min_reward} or more, "

@@ -90,9 +90,8 @@ def test_a_run_from_the_form_then_mlflow(services, page):
     home, prefect, mlflow = services
     page.goto(f"{prefect}/deployments/deployment/{deployment(prefect, 'command-a-tokens')}/run")
     page.get_by_role("button", name="Add item").first.click()
-    page.locator("textarea, input[type=text]").filter(visible=True)
-    fields = page.get_by_label("overrides", exact=False)
-    (fields if fields.count() else page.locator(".schema-form-property-array-item input, .schema-form-property-array-item textarea")).last.fill("scale=micro")
+    page.wait_for_function("document.querySelectorAll('textarea').length === 2")
+    page.locator("textarea").first.fill("scale=micro")  # the new item of `overrides`, which comes before `until`
     page.get_by_role("button", name="Submit").click()
     deadline = time.monotonic() + 60
     while not (runs := api(prefect, "/flow_runs/filter", {})):
@@ -109,11 +108,12 @@ def test_a_run_from_the_form_then_mlflow(services, page):
 
 def test_cancelling_in_prefect_ends_the_processes(services):
     home, prefect, _ = services
-    body = {"parameters": {"overrides": ["scale=micro", "pretrain.steps=5000"], "until": ["pretrained"]}}
+    body = {"parameters": {"overrides": ["scale=micro", "pretrain.steps=2000"], "until": ["pretrained"]}}
     run = api(prefect, f"/deployments/{deployment(prefect, 'command-a')}/create_flow_run", body)["id"]
     deadline = time.monotonic() + 240
     while not any((home / "state").glob("work/*/scratch/checkpoints/*")):
-        assert time.monotonic() < deadline
+        state = api(prefect, f"/flow_runs/{run}")["state"]
+        assert time.monotonic() < deadline and state["type"] not in ("FAILED", "CRASHED"), state["message"]
         time.sleep(0.1)
     api(prefect, f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     wait_for_state(prefect, run, {"CANCELLED"}, 60)

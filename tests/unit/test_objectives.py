@@ -120,7 +120,7 @@ def test_bradley_terry_golden_values(winner, loser, fields, options, expected):
 
 
 def test_copg_gradient_is_the_leave_one_out_advantage():
-    """recipes: A = (.717, -.72, .003); rescaled, the gradient on each log-probability is -A."""
+    """A = (.717, -.72, .003) by hand; rescaled, the gradient on each log-probability is -A."""
     rows = ((1.0, -5.0, -5.5), (0.0, -6.0, -5.8), (0.5, -7.0, -7.1))
     batch, leaf = pack([[{"logp": [p], "ref": [q], "reward": r} for r, p, q in rows]])
     copg = stage.resolve("objectives", "copg")
@@ -246,7 +246,7 @@ def test_a_sequence_without_targets_leaves_its_group_only():
 
 
 def bandit(objective, config, steps=500, batch=512, lr=0.02):
-    """A softmax over three arms trained on pairs from fixed, skewed samplers (recipes A5). Returns the policy."""
+    """A softmax over three arms trained on pairs from fixed, skewed samplers. Returns the policy."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.tensor([2.5, 2.0, 1.0])
     logits = torch.zeros(3, requires_grad=True)

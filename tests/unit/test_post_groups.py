@@ -151,7 +151,7 @@ def test_epochs_are_shuffled_and_whole():
     assert [sorted(whole[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert whole[:7] != whole[7:14]
     assert epoch_slice(7, 5, 9, 3) == whole[5:14]
-    stream = Groups([[i] for i in range(7)], 3, 3)
+    stream = Groups([[[i]] for i in range(7)], 3, 3)
     assert [g for step in range(7) for (g,) in stream.batch(step, None)] == whole
 
 
