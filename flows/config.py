@@ -53,6 +53,9 @@ def compose(overrides: list[str]) -> DictConfig:
             raise ConfigError(f"recipe.experts: {unknown(expert, list(conf.expert))}")
     if not conf.recipe.experts:
         raise ConfigError("recipe.experts is empty; name at least one of " + ", ".join(conf.expert))
+    for expert in conf.recipe.experts:  # an expert that is left out has no prompts to mix in
+        for part in (conf.expert[expert].sft, conf.expert[expert].rl):
+            part.mix = {d: share for d, share in part.mix.items() if d in conf.recipe.experts or d not in conf.expert}
     return conf
 
 

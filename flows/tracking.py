@@ -77,11 +77,13 @@ class Tracker:
         import mlflow
 
         uri = tracking_uri()
+        # Asked before set_tracking_uri, which sets the variable. A server of the user's has a place of its own.
+        location = None if os.environ.get("MLFLOW_TRACKING_URI") else (state_dir() / "mlruns").as_uri()
         mlflow.set_tracking_uri(uri)
         self.mlflow, self.client = mlflow, mlflow.MlflowClient(uri)
         found = self.client.get_experiment_by_name(self.recipe)
-        location = None if os.environ.get("MLFLOW_TRACKING_URI") else (state_dir() / "mlruns").as_uri()
         self.experiment = found.experiment_id if found else self.client.create_experiment(self.recipe, location)
+        mlflow.set_experiment(experiment_id=self.experiment)  # where create_external_model puts its models
         run = self.client.create_run(self.experiment, run_name=f"{self.recipe} ({self.stages} stages)",
                                      tags={"cuvee.flow_run": self.flow_run_id})
         return {"run_id": run.info.run_id}

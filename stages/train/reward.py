@@ -12,7 +12,7 @@ from stages.rollout._collect import read_jsonl
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.trainer.config import TrainConfig
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {"init": Input(Kind.CHECKPOINT), "pairs": Input(Kind.PAIRS)}
 OUTPUT = Kind.REWARD_MODEL
 

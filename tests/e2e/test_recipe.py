@@ -50,6 +50,7 @@ def test_the_whole_recipe(home):
     out = cuvee(home, "run", "scale=micro").stdout
     made = records(home)
     assert len(made) == 55 and "55 of 55 stages to make" in out
+    assert [p.name for p in home.iterdir()] == ["state"]  # nothing is left beside the state directory
     for line in ("polished", "cuvee chat polished", "report.html", "mlflow", "prefect"):
         assert line in out
     export = made["export"]

@@ -77,6 +77,7 @@ def test_placement_changes_no_address(override):
 def test_fewer_experts_and_a_part_of_the_graph():
     small = graph("recipe.experts=[code,math]")
     assert {n for n in small.nodes if n.startswith("rl-")} == {"rl-code", "rl-math", "rl-soup"}
+    assert set(graph("recipe.experts=[rag]").nodes["sft-rag"].config.mix) == {"rag"}  # its share of long_context is gone
     part = [n.name for n in small.until(["sft-soup"])]
     assert part[-1] == "sft-soup" and "rl-code" not in part and "corpus" in part
     with pytest.raises(ConfigError, match="did you mean 'polished'"):
