@@ -63,8 +63,11 @@ def serve() -> None:
 
 
 def _fork(request: dict, libc: ctypes.CDLL) -> int:
+    # Blocked until the child has left this process's handlers behind: a SIGTERM in between would run ours in it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return pid
     status = 1
     try:
@@ -73,6 +76,7 @@ def _fork(request: dict, libc: ctypes.CDLL) -> int:
         signal.set_wakeup_fd(-1)
         for name in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -172,7 +172,7 @@ def test_kill_9_then_the_same_bytes(home):
         assert below(state) == []  # worker, stage and server have followed
         reached += 1
     out = cuvee(home, "run", *slow, state="killed").stdout
-    assert "1 of 9 stages to make" in out
+    assert "1 of 10 stages to make" in out
     log = next((state / "work").glob("*/log.txt")).read_text()
     assert "resumed after step" in log
     cuvee(home, "run", *slow)  # without interruption
