@@ -1,4 +1,4 @@
-"""A person in a browser: start a run from the form in Prefect's UI, cancel one, open MLflow and the report."""
+"""A person in a browser: start a run from the form in Prefect's UI, open MLflow; and cancel a run."""
 
 import json
 import os

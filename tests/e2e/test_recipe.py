@@ -59,6 +59,24 @@ def test_the_whole_recipe(home):
     assert not re.search(r"""(src|href)=["']https?://""", page) and "polished" in page
 
 
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+def test_the_report_opens_in_a_browser_without_a_network(home):
+    from playwright.sync_api import sync_playwright
+
+    folder = home / "state/store/artifacts" / records(home)["report"]["fingerprint"]
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"),
+                                       args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        page = browser.new_context(offline=True).new_page()
+        problems, asked = [], []
+        page.on("pageerror", lambda error: problems.append(error))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((folder / "report.html").as_uri())
+        assert page.get_by_text("Every model on every domain").is_visible() and page.locator("svg").count() > 3
+        assert problems == [] and [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        browser.close()
+
+
 def test_a_second_run_does_nothing_and_says_so(home):
     before, started = records(home), time.monotonic()
     assert "nothing to do" in cuvee(home, "run", "scale=micro").stdout
