@@ -28,7 +28,7 @@ SERIES_POINTS = 200
 
 def passive_threads() -> None:
     """To be called before torch is imported: OpenMP threads that wait sleep rather than spin. Where anything else runs
-    on the cores, spinning makes small operations ten times slower (600 against 5,600 tokens/s beside one busy process).
+    on the cores (the servers of a run do), a spinning thread takes the time of the one it waits for.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

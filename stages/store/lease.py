@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -73,7 +74,8 @@ class Lease:
         except FileNotFoundError:
             return
         if json.loads(grave.read_text()) != holder:  # a rival evicted first and already holds it: give it back
-            os.link(grave, self.path)
+            with suppress(FileExistsError):  # unless a third took it meanwhile: the second then sees that it lost it
+                os.link(grave, self.path)
         grave.unlink()
 
     def _dead(self, holder: dict) -> bool:
