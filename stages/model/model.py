@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor, nn
 
-from stages.model import cohere2
+from stages.model import megatron
 from stages.model.config import ModelConfig
 from stages.model.head import VocabParallelLogprobs
 from stages.model.packing import Packing
@@ -29,12 +29,12 @@ class Model(GPTModel):
     """
 
     def __init__(self, config: ModelConfig, head: str, **parallel: Any):
-        transformer = cohere2.transformer_config(config, **parallel)
+        transformer = megatron.transformer_config(config, **parallel)
         first = parallel_state.is_pipeline_first_stage()
         last = parallel_state.is_pipeline_last_stage()
         super().__init__(
             config=transformer,
-            transformer_layer_spec=cohere2.torch_spec(get_num_layers_to_build(transformer)),
+            transformer_layer_spec=megatron.torch_spec(get_num_layers_to_build(transformer)),
             vocab_size=config.vocab_size,
             max_sequence_length=config.max_position_embeddings,
             pre_process=first,
