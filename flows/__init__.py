@@ -17,3 +17,15 @@ def open_store(conf: Any) -> Any:
     from stages.store.local import LocalStore
 
     return LocalStore(Path(conf.store.uri) if conf.store.uri else state_dir() / "store")
+
+
+def open_launcher(conf: Any) -> Any:
+    """The launcher that `conf.cluster` names, a file of flows/launchers. Raises ConfigError when there is none."""
+    import importlib
+
+    from stages.stage import ConfigError, unknown
+
+    found = sorted(path.stem for path in (Path(__file__).parent / "launchers").glob("[!_]*.py"))
+    if conf.cluster.launcher not in found:
+        raise ConfigError(f"cluster.launcher: {unknown(conf.cluster.launcher, found)}")
+    return importlib.import_module(f"flows.launchers.{conf.cluster.launcher}").Launcher(conf.cluster)

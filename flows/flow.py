@@ -12,10 +12,10 @@ from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import open_store
+from flows import open_launcher, open_store
 from flows.config import compose, state_dir
 from flows.graph import Graph, Node
-from flows.launchers.local import Launcher
+from flows.plan import check_layout
 from flows.reconcile import registered
 from flows.step import Cancelled, Maker
 from flows.tracking import Tracker
@@ -39,11 +39,14 @@ def cuvee(overrides: list[str] = [], until: list[str] = []) -> None:  # noqa: B0
 def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[str], None] | None) -> None:
     """Make every node. Raises CuveeError naming the first stage that failed, after its siblings have ended."""
     conf = graph.conf
+    for node in nodes:
+        check_layout(node, conf.cluster)
     logger = get_run_logger()
-    launcher, store = Launcher(), open_store(conf)
+    launcher, store = open_launcher(conf), open_store(conf)
     launcher.warm()
     tracker = Tracker(conf, flow_run, len(nodes))
-    maker = Maker(store, launcher, tracker, state_dir() / "work", conf.cluster.cores, conf.cluster.device)
+    cluster = conf.cluster
+    maker = Maker(store, launcher, tracker, state_dir() / "work", cluster.cores, cluster.device, cluster.devices)
     width = {node.depth: sum(n.depth == node.depth for n in nodes) for node in nodes}
     order = {node.name: at for at, node in enumerate(nodes)}
     progress = Progress(len(nodes), show or logger.info)
@@ -51,8 +54,10 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
     def make(name: str) -> None:
         node = graph.nodes[name]
         log = get_run_logger()
-        # A stage that has siblings gets one core, so that they run side by side; a stage alone gets them all.
-        threads = 1 if width[node.depth] > 1 else conf.cluster.cores
+        # A stage that has siblings gets one core, so that they run side by side; a stage alone gets them all. So does
+        # what shares GPUs or runs as several processes: one at a time.
+        alone = width[node.depth] == 1 or cluster.device == "cuda" or (node.distributed and cluster.devices > 1)
+        threads = cluster.cores if alone else 1
         done_before = store.record(node.fingerprint) is not None
 
         def on_line(line: str) -> None:

@@ -26,6 +26,7 @@ class Node:
     stage: str
     config: Any
     inputs: dict[str, Any] = field(default_factory=dict)  # argument -> Node, or argument -> {key: Node}
+    where: str = ""  # the section of the configuration that `config` is
 
     @cached_property
     def module(self):
@@ -53,6 +54,11 @@ class Node:
         if not hasattr(self.module, "estimate"):
             return Estimate()
         return self.module.estimate(self.config, self.map_inputs(lambda node: node.estimate))
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the stage runs as one process a device."""
+        return getattr(self.module, "DISTRIBUTED", False)
 
     @cached_property
     def depth(self) -> int:
@@ -88,7 +94,7 @@ class Graph:
         _check_inputs(name, module, inputs)
         values = OmegaConf.to_container(config, resolve=True)
         where = config._get_full_key("")
-        node = Node(name, stage, stages.parse(module.Config, values, where), inputs)
+        node = Node(name, stage, stages.parse(module.Config, values, where), inputs, where)
         if hasattr(module, "check"):
             try:
                 module.check(node.config, node.map_inputs(lambda n: n.config))

@@ -8,8 +8,7 @@ from typing import Any
 from flows.graph import Graph, Node
 from flows.lineage import changes
 from stages.stage import ConfigError
-
-ADAM_BYTES = 16  # a parameter in training: FP32 weight, gradient and two moments
+from stages.trainer import layout
 
 
 def state(store: Any, node: Node) -> tuple[str, str]:
@@ -45,8 +44,50 @@ def predict(store: Any, node: Node, flops_per_second: float) -> float:
     return work / flops_per_second
 
 
+def sizes(node: Node) -> Any:
+    """The ModelConfig of the model that a stage makes or uses: its own, or that of the first input that has one."""
+    if not node.inputs.get("init") and hasattr(node.config, "model"):
+        return node.config.model
+    return next(filter(None, map(sizes, node.parents)), None)
+
+
+def check_layout(node: Node, cluster: Any) -> float:
+    """Bytes that the stage takes of a device of `cluster`, the most of all its phases.
+
+    Raises ConfigError where its layout cannot be built on the cluster's devices, or does not fit their memory.
+    """
+    model, most = sizes(node), 0.0
+    where = node.where
+    if not node.distributed or model is None:
+        # Generation and the like hold the weights alone, wherever there is room.
+        memory = 4 * node.estimate.parameters
+        if memory > cluster.memory_gib * layout.GIB * cluster.devices:
+            raise ConfigError(f"{node.name}: {memory / layout.GIB:,.0f} GiB of weights do not fit the {cluster.devices} x "
+                              f"{cluster.memory_gib} GiB of cluster={cluster.name}; choose a smaller model or a larger "
+                              "cluster")
+        return memory
+    for config, length in phases(node.config):
+        layout.check(config, model, cluster.devices, cluster.device, where, length)
+        reference = getattr(node.config, "objective", "ce") != "ce"
+        found = layout.memory(config, model, cluster.devices, length, reference)
+        if found.total > cluster.memory_gib * layout.GIB:
+            raise ConfigError(f"{where}: sequences of {length} take {found.total / layout.GIB:,.1f} GiB of a device "
+                              f"({found.describe()}), but cluster={cluster.name} has {cluster.memory_gib}; "
+                              f"{found.advice(config, cluster.devices)}")
+        most = max(most, found.total)
+    return most
+
+
+def phases(config: Any) -> Iterator[tuple[Any, int]]:
+    """(configuration as placed, sequence length) of each phase of a training stage."""
+    step = 0
+    for length, steps in config.plan() if hasattr(config, "plan") else [(config.sequence_length, config.steps)]:
+        yield config.placed(step), length
+        step += steps
+
+
 def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
-    """The plan as text. Raises ConfigError when a stage can't fit the cluster's memory."""
+    """The plan as text; memory is of one device. Raises ConfigError when a stage can't run on the cluster's devices."""
     cluster = graph.conf.cluster
     yield f"{'stage':<24}{'address':<14}{'state':<6}{'tokens':>10}{'memory':>10}{'storage':>10}{'time':>9}  why"
     total, seconds, storage = 0, 0.0, 0.0
@@ -54,11 +95,7 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
         doing, why = state(store, node)
         estimate = node.estimate
         tokens = estimate.train_tokens + estimate.generated_tokens
-        memory = estimate.parameters * (ADAM_BYTES if estimate.train_tokens else 4)
-        if memory > cluster.memory_gib * 2**30 * cluster.devices:
-            raise ConfigError(f"{node.name}: {memory / 2**30:,.0f} GiB of weights and optimizer do not fit the "
-                              f"{cluster.devices} x {cluster.memory_gib} GiB of cluster={cluster.name}; choose a "
-                              "smaller model or a larger cluster")
+        memory = check_layout(node, cluster)
         keeps = 4 * estimate.parameters if node.kind.value in ("checkpoint", "reward_model", "export") else 0
         took = predict(store, node, cluster.flops_per_second) if doing == "run" else 0.0
         if doing == "run":

@@ -37,9 +37,11 @@ class Cancelled(CuveeError):
 class Maker:
     """Makes artifacts with one store, one launcher and one tracker, using at most `cores` CPU cores at a time."""
 
-    def __init__(self, store: Any, launcher: Any, tracker: Any, work: Path, cores: int, device: str = "cpu"):
+    def __init__(
+        self, store: Any, launcher: Any, tracker: Any, work: Path, cores: int, device: str = "cpu", devices: int = 1
+    ):
         self.store, self.launcher, self.tracker = store, launcher, tracker
-        self.work, self.cores, self.device = work, cores, device
+        self.work, self.cores, self.device, self.devices = work, cores, device, devices
         self._free = cores
         self._waiting: list[int] = []
         self._turn = threading.Condition()
@@ -144,14 +146,16 @@ class Maker:
             "ancestors": {fp: {k: v for k, v in record.items() if k != "files"}
                           for fp, record in ancestors(self.store, parents.values()).items()},
             "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
-            "threads": threads, "device": self.device,
+            "threads": threads, "device": self.device, "processes": self.devices if node.distributed else 1,
         }
         (folder / "result.json").unlink(missing_ok=True)
         records.write_atomic(folder / "spec.json", json.dumps(spec).encode())
 
     def _launch(self, node: Node, folder: Path, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
-        """Start the stage, again from its last checkpoint when it dies by a signal. Returns its outcome."""
-        for attempt in range(1, ATTEMPTS + 1):
+        """Start the stage, again from its last checkpoint when it dies by a signal, or as often as it asks for that.
+        Returns its outcome."""
+        deaths = 0
+        while deaths < ATTEMPTS:
             if self._cancelled.is_set():
                 raise Cancelled(f"{node.name}: interrupted")
             (folder / "log.txt").unlink(missing_ok=True)
@@ -172,7 +176,8 @@ class Maker:
                 raise CuveeError(f"{node.name}: {error}")
             if status > 0 and status != AGAIN:
                 break  # an exception is a defect: the same again would give the same
-            log(f"{node.name}: attempt {attempt} ended with status {status}; starting again from its checkpoint")
+            deaths += status != AGAIN
+            log(f"{node.name}: ended with status {status}; starting again from its checkpoint")
         tail = "\n    ".join((folder / "log.txt").read_text(errors="replace").splitlines()[-LOG_TAIL:])
         raise CuveeError(f"{node.name}: the stage ended with status {status}; the log is {folder / 'log.txt'} "
                          f"and its last lines are:\n    {tail}")

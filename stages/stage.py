@@ -14,6 +14,7 @@ and may define
     external(config) -> dict            the identity of what it reads from outside the store (sources)
     check(config, inputs) -> None       raises ConfigError for a combination no type can refuse
     estimate(config, inputs) -> Estimate  the work ahead, from configurations alone
+    DISTRIBUTED = True                  one process a device runs it (every stage that trains), not one in all
 
 Importing the module imports neither torch nor Prefect, so that a whole recipe is checked in about a second;
 `run` imports what it needs.

@@ -18,6 +18,7 @@ import sys
 import traceback
 import warnings
 
+from stages.model import cuda
 from stages.run import main, passive_threads
 
 PRELOAD = ("torch", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
@@ -36,6 +37,7 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, lambda *_: _end())
     passive_threads()
     with warnings.catch_warnings(action="ignore"):  # Megatron-core advises to install Apex; a CPU has no use for it
+        cuda.prepare()
         for name in PRELOAD:
             importlib.import_module(name)
     gc.freeze()

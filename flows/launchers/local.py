@@ -9,7 +9,9 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from stages.stage import ConfigError
 from stages.worker import end_tree
 
 
@@ -46,7 +48,12 @@ class Job:
 class Launcher:
     """Starts the worker on the first job; `close` ends it and all that runs in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: Any = None) -> None:
+        if cluster is not None and cluster.devices > 1 and type(self) is Launcher:
+            raise ConfigError(
+                f"cluster.devices: {cluster.devices}, but launcher local starts one process a stage; set "
+                "cluster.launcher to torchrun"
+            )
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
         self._worker: subprocess.Popen | None = None

@@ -177,9 +177,10 @@ def _perplexity(config: Config, model: Artifact, tokens: Artifact, ctx: Context)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from stages.evaluation.perplexity import byte_lengths, measure, windows
+    from stages.model.inference import extend
 
     dtype = getattr(torch, config.dtype)
-    network = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype).to(ctx.device).eval()
+    network = extend(AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype)).to(ctx.device).eval()
     bytes_of = byte_lengths(AutoTokenizer.from_pretrained(model.path), network.config.vocab_size)
     found = {}
     for domain in sorted(

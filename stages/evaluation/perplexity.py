@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.model.inference import extended
 from stages.stage import CuveeError
 
 
@@ -56,7 +57,8 @@ def measure(model: Any, pieces: list[np.ndarray], bytes_of: np.ndarray, batch_to
             valid[row, : len(piece)] = True
         ids, valid = ids.to(model.device), valid.to(model.device)
         scored = valid[:, 1:]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored].float()
+        options = {"position_ids": valid.cumsum(1) - 1} if extended(model.config) else {}  # the end of each piece
+        logits = model(input_ids=ids, use_cache=False, **options).logits[:, :-1][scored].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][scored], reduction="none")
         nats += float(loss.double().sum())
         tokens += len(loss)

@@ -16,6 +16,7 @@ OUTPUT = Kind.EXPORT
 @dataclass
 class Config:
     license: str = option("other", "license in the model card's front matter")
+    dtype: str = option("float32", "format of the weights", ("float32", "bfloat16"))
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -23,21 +24,40 @@ def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
 
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
-    """Copy the folder, compare its logits on sequences longer than the window, and say in README.md how it was made.
+    """Copy the folder, in `dtype`; compare its logits on sequences longer than the window, and say in README.md how it was made.
 
     Writes parity.json beside the model's files. Raises CuveeError, and publishes nothing, above the allowed difference.
     """
     from stages.model import parity
+    from stages.model.folder import read_config
 
     model: Artifact = inputs["model"]
     for path in sorted(model.path.iterdir()):
         if path.is_file() and path.name != "record.json":
             shutil.copyfile(path, out / path.name)
+    if config.dtype != "float32":
+        cast(model.path, out, config.dtype)
     _generation(out)
     found = parity.check(out, ctx)
     (out / "parity.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(_readme(model, config.license, found), encoding="utf-8")
+    (out / "README.md").write_text(_readme(model, config.license, read_config(out).family, found), encoding="utf-8")
     return found
+
+
+def cast(source: Path, out: Path, dtype: str) -> None:
+    """Write `source`'s weights and config.json to `out` in `dtype`, in place of any that lie there."""
+    import torch
+
+    from stages.merge.checkpoint import read_json
+    from stages.model import weights
+
+    for path in [*out.glob("*.safetensors"), out / weights.INDEX]:
+        path.unlink(missing_ok=True)
+    found = weights.Folder(source)
+    shapes = {name: found.shape(name) for name in found}
+    weights.write(out, shapes, found.items(), getattr(torch, dtype))
+    config = read_json(source / "config.json") | {"dtype": dtype}
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _generation(out: Path) -> None:
@@ -56,15 +76,15 @@ def _generation(out: Path) -> None:
     path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _readme(model: Artifact, license: str, parity: dict[str, float]) -> str:
+def _readme(model: Artifact, license: str, family: str, parity: dict[str, float]) -> str:
     """The card of what is known before evaluation: how the weights came to be. The report's card adds the scores."""
     from stages.report.card import front_matter, limits_of, recipe, steps
 
     chain = recipe(model.record, model.record.get("ancestors", {}))
     parts = [
-        front_matter(license, None),
+        front_matter(license, None, family),
         f"# {model.record['name']}\n",
-        f"A decoder with the Cohere2 architecture, address `{model.fingerprint}`. Its report holds the evaluation.\n",
+        f"A decoder with the {family} architecture, address `{model.fingerprint}`. Its report holds the evaluation.\n",
         "## How it was made\n",
         steps(chain),
         "## Use\n",

@@ -24,7 +24,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     try:
         return ModelConfig.from_hf(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CuveeError(
             f"{path} can't be read ({error!r}); expected a model folder, make this artifact again"
         ) from None

@@ -8,6 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+
+def logprobs(hidden: Tensor, weight: Tensor, target: Tensor, scale: float, group: Any) -> Tensor:
+    """log softmax(scale * hidden @ weight.T)[target], float32 [N], over a vocabulary split among the ranks of `group`.
+
+    hidden: [N, h]. weight: [V / ranks, h], this rank's rows. target: int64 [N], ids in the whole vocabulary.
+    """
+    if hidden.dtype == torch.bfloat16:
+        from stages.model.head_cuda import LogprobsCuda
+
+        return LogprobsCuda.apply(hidden, weight, target, scale, group)
+    return VocabParallelLogprobs.apply(hidden, weight, target, scale, group)
+
+
 # Rows of a chunk: 128 rows of 4096 logits are 2 MiB, which stay in a core's cache from the product to its softmax.
 CHUNK_LOGITS = 1 << 19
 

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
+from stages.model import rope
+from stages.model.config import ModelConfig
 from stages.model.packing import Bucket, Packing
 
 
@@ -36,6 +39,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
 
 
+class RMSNorm(LayerNorm):
+    """Root mean square norm with a weight: [..., hidden] -> [..., hidden]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
 class ParallelBlock(TransformerLayer):
     """x + attention(n) + mlp(n) with n = norm(x): one norm a layer (Command A report, section 2)."""
 
@@ -54,6 +64,29 @@ class ParallelBlock(TransformerLayer):
         )
         mlp, _ = self.mlp(normed)
         return hidden_states + attention + mlp, None
+
+
+class SequentialBlock(TransformerLayer):
+    """y = x + attention(norm(x)), then y + mlp(norm(y)): Llama, Qwen."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states: [tokens, 1, hidden] (a tensor-parallel rank's share of the tokens under sequence parallel)."""
+        attention, _ = self.self_attention(
+            self.input_layernorm(hidden_states),
+            attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
+        hidden_states = hidden_states + attention
+        mlp, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + mlp, None
 
 
 class SwiGLU(MegatronModule):
@@ -102,24 +135,26 @@ class DocumentAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer_number: int, **unused: Any):
         super().__init__()
-        full = config.no_rope_freq[layer_number - 1] == 1
-        self.window = None if full else config.window_size[0] + 1
-        self.theta = config.rotary_theta
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.rotary = not config.no_rope_freq[layer_number - 1]
+        self.sizes = config.sizes
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, packed_seq_params: Packing, **unused: Any
     ) -> Tensor:
         """query: [T, heads, head_dim], key and value: [T, groups, head_dim] -> [T, heads * head_dim]."""
         packing = packed_seq_params
-        query, key, value = (_Pad.apply(x, packing.pad, packing.unpad) for x in (query, key, value))
-        if self.window is not None:
-            cos, sin = _rotation(packing, query.shape[-1], self.theta)
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        sizes = [bucket.count * bucket.length for bucket in packing.buckets]
-        parts = zip(packing.buckets, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+        layout = packing.layout
+        query, key, value = (_Pad.apply(x, layout.pad, layout.unpad) for x in (query, key, value))
+        if self.rotary:
+            rotation = _rotation(packing, self.sizes, not self.training)
+            query, key = _rotate(query, *rotation[:2]), _rotate(key, *rotation[2:])
+        sizes = [bucket.count * bucket.length for bucket in layout.buckets]
+        parts = zip(layout.buckets, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         outputs = [self._bucket(*part) for part in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return _Unpad.apply(output, packing.unpad)
+        return _Unpad.apply(output, layout.unpad)
 
     def _bucket(self, bucket: Bucket, *qkv: Tensor) -> Tensor:
         """Attention of one bucket: rows of q, k, v -> [count * length, heads * head_dim]."""
@@ -128,7 +163,7 @@ class DocumentAttention(nn.Module):
         if window is not None and length > 2 * window:
             out = _blocks(q, k, v, window)[:, :length]
         else:
-            mask = _window_mask(window)[:length, :length] if window is not None and length > window else None
+            mask = _window_mask(window, q.device)[:length, :length] if window is not None and length > window else None
             out = _attend(q, k, v, mask)
         return out.reshape(bucket.count * length, -1)
 
@@ -151,33 +186,43 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return x.reshape(batch * blocks, window, *x.shape[2:])
 
     k, v = (torch.cat([cut(x, window), cut(x, 0)], dim=1) for x in (k, v))
-    out = _attend(cut(q, 0), k, v, _block_mask(batch, blocks, window))
+    out = _attend(cut(q, 0), k, v, _block_mask(batch, blocks, window, q.device))
     return out.reshape(batch, blocks * window, *q.shape[2:])
 
 
 @functools.lru_cache(maxsize=2)
-def _window_mask(window: int) -> Tensor:
+def _window_mask(window: int, device: torch.device) -> Tensor:
     """[2 * window, 2 * window] added to scores: 0 where query i sees key j, i - window < j <= i, -inf elsewhere."""
-    seen = torch.ones(2 * window, 2 * window, dtype=torch.bool).tril().triu(1 - window)
-    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    seen = torch.ones(2 * window, 2 * window, dtype=torch.bool, device=device).tril().triu(1 - window)
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
 
 
 @functools.lru_cache(maxsize=8)
-def _block_mask(batch: int, blocks: int, window: int) -> Tensor:
+def _block_mask(batch: int, blocks: int, window: int, device: torch.device) -> Tensor:
     """[batch * blocks, 1, window, 2 * window]: the window's mask, and no previous block for a document's first."""
-    mask = _window_mask(window)[window:].repeat(blocks, 1, 1)
+    mask = _window_mask(window, device)[window:].repeat(blocks, 1, 1)
     mask[0, :, :window] = -torch.inf
     return mask.repeat(batch, 1, 1)[:, None]
 
 
-def _rotation(packing: Packing, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of each padded position's angles, float32 [P, 1, dim], made once a microbatch."""
-    if "rotation" not in packing.cache:
-        frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-        angle = packing.positions[:, None].float() * frequency
+def _rotation(packing: Packing, sizes: ModelConfig, inference: bool) -> tuple[Tensor, ...]:
+    """cos and signed sin of each padded position's angles for queries, and for keys, float32 [P, 1, dim], made once a
+    microbatch. They differ at inference beyond a Qwen v1 model's trained length."""
+    extended = inference and rope.extends(sizes, max(packing.lengths))
+    name = "extended rotation" if extended else "rotation"
+    if name not in packing.cache:
+        layout, lengths = packing.layout, None
+        if extended:
+            sequences = torch.tensor(packing.lengths, device=layout.pad.device)
+            lengths = sequences.repeat_interleave(sequences)[layout.pad]
+        angle = rope.angles(sizes, layout.positions, lengths)
         cos, sin = angle.cos(), angle.sin()
-        packing.cache["rotation"] = (torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
-    return packing.cache["rotation"]
+        key = torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
+        query = key
+        if extended and sizes.logn_attention:
+            query = [x * rope.logn(sizes, layout.positions)[:, None, None] for x in key]
+        packing.cache[name] = (*query, *key)
+    return packing.cache[name]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

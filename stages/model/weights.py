@@ -1,6 +1,6 @@
 """Weights between a Megatron-core model and a Hugging Face folder, one tensor at a time, both ways.
 
-An architecture's table (`cohere2.table`) lists every parameter as a `Row`. Everything here works on rows alone and
+A family's table lists every parameter as a `Row`. Everything here works on rows alone and
 is blind to the parallel layout: a rank reads its shard of each row and contributes it back.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,37 +20,23 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
 
+from stages.model.config import ModelConfig
+from stages.model.families._table import EMBEDDING, OUTPUT, SCORE, Row
 from stages.model.folder import full_disk_is_oserror
-from stages.stage import CuveeError
+from stages.stage import CuveeError, resolve
 
 if TYPE_CHECKING:
     from stages.model.model import Model
 
 SHARD_BYTES = 5 * 10**9
-TIED = "output_layer.weight"  # the last pipeline stage's copy of the embedding
+INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One Megatron-core parameter and the Hugging Face tensors it is made of.
-
-    name: Megatron-core's name with the layer's number in the whole model. hf: names and shapes.
-    join: the Hugging Face tensors -> the whole parameter, in a shape whose dimension `split` is divided evenly among
-    tensor-parallel ranks (None: each rank has all of it). divide: the inverse. std: of initial weights (None: ones).
-    """
-
-    name: str
-    hf: dict[str, tuple[int, ...]]
-    std: float | None
-    split: int | None = None
-    join: Callable[[list[Tensor]], Tensor] = lambda tensors: tensors[0]
-    divide: Callable[[Tensor], list[Tensor]] = lambda whole: [whole]
-    shape: tuple[int, ...] = ()  # of `join`'s result, where it differs from the first Hugging Face tensor's
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        return self.shape or next(iter(self.hf.values()))
+def table(config: ModelConfig, head: str = "lm") -> list[Row]:
+    """Every parameter of a model of config's family with its Hugging Face tensors; head "lm" or "reward"."""
+    return resolve("model/families", config.family).table(config, head)
 
 
 class Folder(Mapping):
@@ -60,18 +46,16 @@ class Folder(Mapping):
     """
 
     def __init__(self, path: Path):
-        index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-        if index.exists():
-            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-        else:
-            files = [single]
+        file, names = path / INDEX, ["model.safetensors"]
         self._files: dict[str, Any] = {}
-        for file in files:
-            try:
+        try:
+            if file.exists():
+                names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+            for file in (path / name for name in names):
                 handle = safe_open(file, framework="pt")
-            except Exception as error:  # safetensors raises its own type for a damaged header, OSError for no file
-                raise CuveeError(f"{file}: no readable weights ({error}); restore the file or its stage") from None
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+                self._files.update(dict.fromkeys(handle.keys(), handle))
+        except Exception as error:  # safetensors raises its own type for a damaged header, OSError for no file
+            raise CuveeError(f"{file}: no readable weights ({error}); restore the file or its stage") from None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name).float()
@@ -112,10 +96,14 @@ class Initial(Mapping):
 
 
 def check(rows: list[Row], source: Folder | Initial, where: str) -> None:
-    """Raises CuveeError that lists the missing, extra and wrongly shaped keys of `source`."""
-    expected = {name: shape for row in rows for name, shape in row.hf.items()}
-    problems = [f"missing {name}" for name in sorted(expected.keys() - source.keys())]
-    problems += [f"unknown {name}" for name in sorted(source.keys() - expected.keys())]
+    """Raises CuveeError that lists the missing, extra and wrongly shaped keys of `source`.
+
+    A reward model may start from a language model, which has no `score.weight` and maybe an output layer.
+    """
+    expected = _shapes(rows)
+    spare = {SCORE, "lm_head.weight"} if SCORE in expected else set()
+    problems = [f"missing {name}" for name in sorted(expected.keys() - source.keys() - spare)]
+    problems += [f"unknown {name}" for name in sorted(source.keys() - expected.keys() - spare)]
     for name in sorted(expected.keys() & source.keys()):
         if source.shape(name) != expected[name]:
             problems.append(f"{name} is {list(source.shape(name))}, expected {list(expected[name])}")
@@ -123,13 +111,23 @@ def check(rows: list[Row], source: Folder | Initial, where: str) -> None:
         raise CuveeError(f"{where}: the weights do not fit config.json: {'; '.join(problems)}")
 
 
-def load(model: Model, rows: list[Row], source: Mapping[str, Tensor]) -> None:
-    """Copy `source` into this rank's parameters, and tell Megatron-core which of them are split."""
+def load(
+    model: Model | list[Model],
+    rows: list[Row],
+    source: Mapping[str, Tensor],
+    exact: dict[Parameter, Tensor] | None = None,
+) -> None:
+    """Copy `source` into this rank's parameters, and tell Megatron-core which of them are split.
+
+    model: a model, or the chunks of one that this rank has. exact: gets the FP32 values of parameters that round them.
+    """
     parameters = _parameters(model)
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
+    # The last pipeline stage's copy of a tied embedding has the output layer's name.
+    copies = {} if any(row.name == OUTPUT for row in rows) else {EMBEDDING: OUTPUT}
     for row in rows:
-        held = [parameters[name] for name in _held_as(row) if name in parameters]
+        held = [parameters[name] for name in (row.name, copies.get(row.name)) if name in parameters]
         if not held:
             continue
         whole = row.join([source[name] for name in row.hf])
@@ -137,12 +135,23 @@ def load(model: Model, rows: list[Row], source: Mapping[str, Tensor]) -> None:
         for parameter in held:
             with torch.no_grad():
                 parameter.copy_(shard.reshape(parameter.shape))
+            if exact is not None and parameter.dtype != torch.float32:
+                exact[parameter] = shard.clone()  # the whole, of which a share may be a view, is not to be kept
             if row.split is not None and not hasattr(parameter, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(parameter, True, min(row.split, 1), 1)
 
 
-def tensors(model: Model, rows: list[Row]) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the model in the table's order, whole, FP32, on every rank; a collective."""
+def _as_float(parameter: Parameter) -> Tensor:
+    return parameter.detach().float()
+
+
+def tensors(
+    model: Model | list[Model], rows: list[Row], value: Callable[[Parameter], Tensor] = _as_float
+) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor of the model in the table's order, whole, FP32, on every rank; a collective.
+
+    value: a parameter -> its FP32 value on this rank, e.g. the optimizer's main weight.
+    """
     parameters = _parameters(model)
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     for row in rows:
@@ -152,7 +161,7 @@ def tensors(model: Model, rows: list[Row]) -> Iterator[tuple[str, Tensor]]:
             shape = list(row.whole)
             if row.split is not None:
                 shape[row.split] //= ranks
-            whole = parameter.detach().float().reshape(shape)
+            whole = value(parameter).reshape(shape)
             if row.split is not None and ranks > 1:
                 parts = [torch.empty_like(whole) for _ in range(ranks)]
                 dist.all_gather(parts, whole.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
@@ -160,53 +169,70 @@ def tensors(model: Model, rows: list[Row]) -> Iterator[tuple[str, Tensor]]:
         yield from zip(row.hf, row.divide(_from_owner(whole, row)), strict=True)
 
 
-def state(model: Model, rows: list[Row]) -> dict[str, Tensor]:
+def state(
+    model: Model | list[Model], rows: list[Row], value: Callable[[Parameter], Tensor] = _as_float
+) -> dict[str, Tensor]:
     """A copy of the whole model by Hugging Face names."""
-    return {name: tensor.clone() for name, tensor in tensors(model, rows)}
+    return {name: tensor.clone() for name, tensor in tensors(model, rows, value)}
 
 
-def save(model: Model, rows: list[Row], out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the model's safetensors to `out` from rank 0, holding at most `shard_bytes` at a time; a collective.
+def save(
+    model: Model | list[Model], rows: list[Row], out: Path, value: Callable[[Parameter], Tensor] = _as_float,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write the model's safetensors to `out` from rank 0 as FP32; a collective."""
+    write(out, _shapes(rows), tensors(model, rows, value), torch.float32, shard_bytes, dist.get_rank() == 0)
 
-    The bytes are a function of the weights alone.
+
+def write(
+    out: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+    writer: bool = True,
+) -> None:
+    """Write the safetensors of `source`, in the order of `shapes`, holding at most `shard_bytes` at a time.
+
+    The bytes are a function of the weights alone. Ranks that are not the writer only take part in making `source`.
     """
     plan, sizes = {}, [0]
-    for row in rows:
-        for name, shape in row.hf.items():
-            size = 4 * int(torch.Size(shape).numel())
-            if sizes[-1] and sizes[-1] + size > shard_bytes:
-                sizes.append(0)
-            sizes[-1] += size
-            plan[name] = len(sizes) - 1
+    for name, shape in shapes.items():
+        size = dtype.itemsize * math.prod(shape)
+        if sizes[-1] and sizes[-1] + size > shard_bytes:
+            sizes.append(0)
+        sizes[-1] += size
+        plan[name] = len(sizes) - 1
     files = [f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors" for i in range(len(sizes))]
     files = files if len(sizes) > 1 else ["model.safetensors"]
-    writer = dist.get_rank() == 0
     pending: dict[str, Tensor] = {}
-    for name, tensor in tensors(model, rows):
+    for name, tensor in source:
         if writer:
-            pending[name] = tensor.cpu().clone()  # a clone is contiguous and shares no storage
-            if sum(4 * t.numel() for t in pending.values()) == sizes[plan[name]]:
+            # A copy is contiguous and shares no storage.
+            pending[name] = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+            if sum(t.nbytes for t in pending.values()) == sizes[plan[name]]:
                 with full_disk_is_oserror(out):
                     save_file(pending, out / files[plan[name]], metadata={"format": "pt"})
                 pending = {}
     if writer and len(sizes) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {k: files[v] for k, v in sorted(plan.items())}}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _parameters(model: Model) -> dict[str, torch.nn.Parameter]:
+def _shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for row in rows for name, shape in row.hf.items()}
+
+
+def _parameters(model: Model | list[Model]) -> dict[str, Parameter]:
     """This rank's parameters by name, with each layer's number counted in the whole model."""
-    numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(model.decoder.layers)}
     found = {}
-    for name, parameter in model.named_parameters():
-        head, _, tail = name.partition("decoder.layers.")
-        local, _, rest = tail.partition(".")
-        found[f"decoder.layers.{numbers[local]}.{rest}" if not head and tail else name] = parameter
+    for chunk in model if isinstance(model, list) else [model]:
+        numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            head, _, tail = name.partition("decoder.layers.")
+            local, _, rest = tail.partition(".")
+            found[f"decoder.layers.{numbers[local]}.{rest}" if not head and tail else name] = parameter
     return found
-
-
-def _held_as(row: Row) -> tuple[str, ...]:
-    return (row.name, TIED) if row.name == "embedding.word_embeddings.weight" else (row.name,)
 
 
 def _from_owner(whole: Tensor | None, row: Row) -> Tensor:
@@ -218,6 +244,7 @@ def _from_owner(whole: Tensor | None, row: Row) -> Tensor:
     has[dist.get_rank(group)] = whole is not None
     dist.all_reduce(has, group=group)
     owner = dist.get_global_rank(group, int(has.argmax()))
-    whole = torch.empty(row.whole) if whole is None else whole.contiguous()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole = torch.empty(row.whole, device=device) if whole is None else whole.contiguous()
     dist.broadcast(whole, owner, group=group)
     return whole

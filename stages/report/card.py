@@ -13,9 +13,9 @@ def card(facts: Facts, license: str, extras: dict[str, Any]) -> str:
     final = facts.final.record
     chain = recipe(final, facts.records)
     parts = [
-        front_matter(license, extras.get("corpus")),
+        front_matter(license, extras.get("corpus"), family(chain)),
         f"# {facts.final.name}\n",
-        f"A decoder of {parameter_count(facts):,} parameters (Cohere2), address `{final['fingerprint']}`.\n",
+        f"A decoder of {parameter_count(facts):,} parameters ({family(chain)}), address `{final['fingerprint']}`.\n",
         "## How it was made\n",
         steps(chain),
         _totals(facts),
@@ -29,13 +29,13 @@ def card(facts: Facts, license: str, extras: dict[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def front_matter(license: str, corpus: dict[str, Any] | None) -> str:
+def front_matter(license: str, corpus: dict[str, Any] | None, family: str) -> str:
     """YAML for a model hub. Languages are those of the training documents."""
     languages = (
         sorted({r["language"] for r in corpus["rows"] if r["outcome"] == "train" and r["language"]}) if corpus else []
     )
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {license}"]
-    lines += ["tags:", "- cohere2", "- merge"]
+    lines += ["tags:", f"- {family}", "- merge"]
     if languages:
         lines += ["language:", *(f"- '{language}'" for language in languages)]  # quoted: YAML reads a bare no as false
     return "\n".join([*lines, "---", ""])
@@ -47,6 +47,11 @@ def recipe(record: dict[str, Any], records: dict[str, dict[str, Any]]) -> list[d
     while (above := origin(found[-1])) in records:
         found.append(records[above or ""])
     return found[::-1]
+
+
+def family(chain: list[dict[str, Any]]) -> str:
+    """The architecture, as Hugging Face calls it, from the sizes that the first stage of the chain was given."""
+    return chain[0]["config"].get("model", {}).get("family", "unknown")
 
 
 def steps(chain: list[dict[str, Any]]) -> str:
@@ -144,7 +149,8 @@ def _limits(facts: Facts, extras: dict[str, Any]) -> str:
 
 def limits_of(parity: dict[str, float]) -> str:
     """What the export's check of logits says."""
+    window = f" with a window of {parity['sliding_window']:.0f}" if parity["sliding_window"] else ""
     return (
         f"- The exported weights give the trainer's logits within {parity['max_abs_difference']:.1e} (logit scale 1, "
-        f"FP32, on sequences of up to {parity['longest']:.0f} tokens with a window of {parity['sliding_window']:.0f})."
+        f"FP32, on sequences of up to {parity['longest']:.0f} tokens{window})."
     )

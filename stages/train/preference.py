@@ -12,6 +12,7 @@ from stages.trainer.config import TrainConfig
 VERSION = "1"
 INPUTS = {"init": Input(Kind.CHECKPOINT), "pairs": Input(Kind.PAIRS)}
 OUTPUT = Kind.CHECKPOINT
+DISTRIBUTED = True
 KINDS = ("pair", "revisions", "completions")
 
 

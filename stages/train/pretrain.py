@@ -1,20 +1,25 @@
 """Pretraining, and the cooldown that extends the context: cross-entropy on packed documents, masked from each other.
 
 The cooldown is the same stage with `init`, a linear schedule and `phases` of growing sequence length, with long
-documents every few steps (Command A report, section 2: 8k, then 32k, 128k, 256k; every 4th step, domain-balanced).
+documents every few steps (Command A report, section 2: 8k for 30,000 steps, then 32k, 128k, 256k for 10,000, 5,000 and
+5,000; every 4th step, domain-balanced; learning rate from 2.5e-4 linearly to 1e-6 over all of them). A document longer
+than the phase's sequence_length is cut evenly, shorter ones are packed, masked from each other. Where a phase needs
+another layout (context parallel, recompute, micro-batch), `phase_placement` gives it: the run saves, ends with the
+"start me again" status and goes on in the new layout, which its checkpoints do not depend on.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from stages.model.config import ModelConfig
-from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option, unknown
+from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option, parse, placement, unknown
 from stages.trainer.config import TrainConfig
 
 VERSION = "1"
 INPUTS = {"tokens": Input(Kind.TOKENS), "init": Input(Kind.CHECKPOINT, optional=True)}
 OUTPUT = Kind.CHECKPOINT
+DISTRIBUTED = True
 
 
 @dataclass
@@ -27,10 +32,24 @@ class Config(TrainConfig):
         [], "[[sequence_length, steps], ...] in turn, e.g. of a context extension; empty = one of sequence_length"
     )
     long_every: int = option(0, "every n-th step takes only documents longer than half a sequence; 0 = never")
+    phase_placement: list[dict[str, Any]] = placement(
+        [], "placement fields of each phase, e.g. [{}, {context_parallel: 8, recompute: full}]; empty = all alike"
+    )
 
     def plan(self) -> list[tuple[int, int]]:
         """(sequence_length, steps) of each phase."""
         return [(length, steps) for length, steps in self.phases] or [(self.sequence_length, self.steps)]
+
+    def phase(self, step: int) -> tuple[int, int]:
+        """(phase, step within it) of step `step`, both from 0."""
+        for number, (_, steps) in enumerate(self.plan()):
+            if step < steps:
+                return number, step
+            step -= steps
+        raise IndexError(step)
+
+    def placed(self, step: int) -> "Config":
+        return replace(self, **self.phase_placement[self.phase(step)[0]]) if self.phase_placement else self
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
@@ -40,6 +59,7 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     longest, total = max(length for length, _ in config.plan()), sum(steps for _, steps in config.plan())
     if total != config.steps:
         raise ConfigError(f"steps: {config.steps}, but phases {config.phases} have {total}; make them agree")
+    _check_placement(config)
     if config.batch_tokens < longest:
         raise ConfigError(f"batch_tokens: {config.batch_tokens} is less than one sequence of {longest}; raise it")
     if any(not share >= 0 for share in config.blend.values()) or (config.blend and not any(config.blend.values())):
@@ -58,6 +78,22 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
             f"model.max_position_embeddings: {config.model.max_position_embeddings} is shorter than a sequence of "
             f"{longest}; raise it or shorten sequence_length"
         )
+
+
+def _check_placement(config: Config) -> None:
+    if config.phase_placement and len(config.phase_placement) != len(config.plan()):
+        raise ConfigError(
+            f"phase_placement: {len(config.phase_placement)} entries for {len(config.plan())} phases; give one each"
+        )
+    places = {field.name for field in fields(Config) if field.metadata.get("placement")}
+    # One kind of optimizer can't go on from the checkpoint of another.
+    allowed = sorted(places - {"phase_placement", "distributed_optimizer", "fsdp"})
+    for i, values in enumerate(config.phase_placement):
+        for name in values:
+            if name not in allowed:
+                raise ConfigError(f"phase_placement[{i}]: {unknown(name, allowed)}")
+        parse(Config, values, f"phase_placement[{i}]")
+        replace(config, **values).check(f"phase_placement[{i}]")
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -83,7 +119,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     model = read_config(init) if init else config.model
     longest = max(length for length, _ in config.plan())
     model = replace(model, max_position_embeddings=max(model.max_position_embeddings, longest))
-    stream = Documents(config, tokens)
+    stream = Documents(config, tokens, inputs["tokens"].fingerprint)
     for domain, epochs in stream.epochs.items():
         ctx.log(f"{domain}: {stream.drawn[domain]:,.0f} tokens, {epochs:.2f} epochs")
     metrics = train(

@@ -15,6 +15,7 @@ from stages.trainer.config import TrainConfig
 VERSION = "2"
 INPUTS = {"init": Input(Kind.CHECKPOINT), "pairs": Input(Kind.PAIRS)}
 OUTPUT = Kind.REWARD_MODEL
+DISTRIBUTED = True
 
 
 @dataclass

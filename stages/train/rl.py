@@ -30,7 +30,9 @@ INPUTS = {
     "reward": Input(Kind.REWARD_MODEL, optional=True),
 }
 OUTPUT = Kind.CHECKPOINT
+DISTRIBUTED = True
 KINDS = ("completions", "pair", "revisions")
+HALF_THRESHOLD = 0.5  # nats between a policy trained in BF16 and the engine's FP32; logits of 30 are known to 0.1
 PROBES = 4  # prompts whose first completions check that engine and trainer agree after each sync
 
 
@@ -142,8 +144,10 @@ class Rollouts:
 
     def _block(self, number: int, first: int, trainer: Any) -> list:
         """Per prompt of the block, its groups (none if its rewards do not tell completions apart)."""
-        if not self._file(number).exists():
-            write_jsonl(self._file(number), self._sample(number, first, trainer))
+        from stages.trainer.parallel import on_first
+
+        if not on_first(self._file(number).exists):
+            self._sample(number, first, trainer)
         rows = read_jsonl(self._file(number))
         groups = [found for found in map(self.grouper, rows) if found]
         if not groups:
@@ -152,13 +156,28 @@ class Rollouts:
             )
         return groups
 
-    def _sample(self, number: int, first: int, trainer: Any) -> list[dict[str, Any]]:
+    def _sample(self, number: int, first: int, trainer: Any) -> None:
+        """Write the block's rollouts: the first process samples, with what all of them know of the policy."""
+        from types import SimpleNamespace
+
+        import numpy as np
+
+        from stages.trainer.batch import Sequence
+        from stages.trainer.parallel import on_first
+
+        count = self.config.prompts_of_block()
+        prompts = [self.prompts[domain][i] for domain, i in self.drawn[number * count :][:count]]
+        probes = [render_prompt(self.tokenizer, p) for p in prompts[:PROBES]]
+        groups = [[Sequence(np.array(p, np.int32), np.ones(len(p), np.float32))] for p in probes]
+        state, logprobs = trainer.hf_state(), trainer.logprobs(groups)
+        policy = SimpleNamespace(hf_state=lambda: state, logprobs=lambda _: logprobs)
+        on_first(lambda: write_jsonl(self._file(number), self._rollouts(first, prompts, probes, policy)))
+
+    def _rollouts(self, first: int, prompts: list[dict], probes: list[list[int]], policy: Any) -> list[dict[str, Any]]:
         import time
 
         began, config = time.monotonic(), self.config
-        count = config.prompts_of_block()
-        prompts = [self.prompts[domain][i] for domain, i in self.drawn[number * count :][:count]]
-        gap = self._sync(trainer, prompts)
+        gap = self._sync(policy, probes)
         rows = self.sampler(prompts, seed=config.seed * 1_000_003 + first)
         seconds = time.monotonic() - began
         found = statistics(rows, config.completions)
@@ -170,16 +189,17 @@ class Rollouts:
         )
         return rows
 
-    def _sync(self, trainer: Any, prompts: list[dict[str, Any]]) -> float:
-        """Bring the trainer's weights to the engine and probe that both give the same log-probabilities (nats)."""
+    def _sync(self, policy: Any, probes: list[list[int]]) -> float:
+        """Bring the policy's weights to the engine and probe that both give the same log-probabilities (nats)."""
         engines = resolve("rollout/engines", self.config.engine)
-        state = trainer.hf_state()
+        state = policy.hf_state()
         if self.sampler is None:
             self.sampler = Sampler(self.config, engines.Engine(self.init, self.ctx, state), self.ctx, self.reward)
         else:
             self.sampler.engine.sync_weights(state)
-        probes = [render_prompt(self.tokenizer, p) for p in prompts[:PROBES]]
-        return engines.parity(self.sampler.engine, trainer, probes)
+        half = self.config.precision_at(0) != "fp32"
+        threshold = HALF_THRESHOLD if half else engines.PROBE_THRESHOLD
+        return engines.parity(self.sampler.engine, policy, probes, threshold)
 
     def _fitting(self, prompts: dict[str, list[dict]]) -> dict[str, list[dict]]:
         longest = self.config.sequence_length - self.config.max_new_tokens

@@ -16,6 +16,7 @@ INPUTS = {
     "tokens": Input(Kind.TOKENS, optional=True),
 }
 OUTPUT = Kind.CHECKPOINT
+DISTRIBUTED = True
 
 
 @dataclass

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 class Sequence:
     """One document. tokens: int32 [T]. mask: float32 [T], weight of token t as a TARGET (mask[0] is ignored:
     nothing predicts the first token). fields: numbers an objective needs of this sequence (reward, label, ...);
-    all sequences of a run carry the same keys."""
+    all sequences of a run carry the same keys. behaviour: float32 [T], log-probability of token t under the policy that
+    sampled it (read where the mask is not 0); all sequences of a run have it, or none."""
 
     tokens: np.ndarray
     mask: np.ndarray
     fields: dict[str, float] = field(default_factory=dict)
+    behaviour: np.ndarray | None = None
 
 
 # Sequences of one group always share a microbatch: the two of a pair, the k completions of a prompt.
@@ -35,6 +37,7 @@ class Packed:
     mask: float32 [N]. sequence: int64 [N], index in 0..S-1 of the sequence each target belongs to.
     group: int64 [S], index of each sequence's group in the microbatch, from 0, ascending.
     fields: name -> float32 [S]. reference: float32 [N], log-probabilities under the frozen reference model.
+    behaviour: float32 [N], under the policy that sampled the sequences (Sequence.behaviour).
     scores: float32 [S], reward head at each sequence's last token, with gradient.
     """
 
@@ -45,6 +48,7 @@ class Packed:
     fields: dict[str, Tensor]
     reference: Tensor | None = None
     scores: Tensor | None = None
+    behaviour: Tensor | None = None
 
     def sums(self, values: Tensor) -> Tensor:
         """Masked sums: values [N] -> [S], sum over each sequence's targets of mask * value (0 without targets)."""

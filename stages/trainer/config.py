@@ -6,10 +6,13 @@ adds `batch_tokens`, post-training adds `batch_groups`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from stages.stage import ConfigError, option, placement
+from stages.stage import ConfigError, option, placement, unknown
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+PRECISIONS = ("fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass
@@ -28,12 +31,44 @@ class TrainConfig:
     epsilon: float = option(1e-8, "AdamW's epsilon")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 does not clip")
     max_skipped: int = option(5, "consecutive steps with a NaN or infinite loss or gradient before giving up")
+    spike_factor: float = option(
+        0.0, "a loss above this many times the median of recent losses is a spike: logged and counted; 0 = off"
+    )
+    skip_spikes: bool = option(False, "also skip the update of a spike, as of a NaN")
+    precision: str = option("fp32", "arithmetic of the matrix products; main weights stay FP32", PRECISIONS)
+    precision_phases: list[Any] = option(
+        [], "[[precision, steps], ...] in turn, e.g. of FP8 with a BF16 cooldown; empty = `precision` throughout"
+    )
     micro_batch_tokens: int = placement(8192, "most tokens of a microbatch; a longer group is a microbatch alone")
     save_every: int = placement(200, "steps between checkpoints to resume from; 0 saves only on SIGTERM")
+    keep_every: int = placement(
+        0, "steps between checkpoints kept until the run is published; 0 keeps the newest two alone"
+    )
+    async_save: bool = placement(True, "write checkpoints while training goes on, from a copy in host memory")
     log_every: int = placement(20, "steps between log lines")
+    profile_steps: list[int] = placement([], "[first, last] steps (from 1) of which profile_dir gets a trace")
+    profile_dir: str = placement("", "folder for the trace (Chrome's format) of profile_steps")
+    prefetch: bool = placement(True, "build the next step's batch while this one trains, where the stream allows it")
     tensor_parallel: int = placement(1, "ranks that share each matrix")
     sequence_parallel: bool = placement(False, "also share the norms' activations among tensor-parallel ranks")
     pipeline_parallel: int = placement(1, "ranks that share the layers")
+    virtual_pipeline: int = placement(1, "model chunks a pipeline rank; more make the pipeline's bubble smaller")
+    context_parallel: int = placement(1, "ranks that share each sequence")
+    distributed_optimizer: bool = placement(False, "share optimizer state among data-parallel ranks")
+    fsdp: bool = placement(False, "share weights and gradients among data-parallel ranks too")
+    recompute: str = placement("none", "activations computed again in the backward pass: none, selective or full")
+
+    def placed(self, step: int) -> "TrainConfig":
+        """This configuration with the placement of step `step`; between different ones the process starts again."""
+        return self
+
+    def precision_at(self, step: int) -> str:
+        """Precision of optimizer step `step` (from 0)."""
+        for name, steps in self.precision_phases:
+            if step < steps:
+                return name
+            step -= steps
+        return self.precision
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0): warmup, then `schedule`, ending at min_lr.
@@ -64,9 +99,54 @@ class TrainConfig:
                 f"{at}decay_steps: {self.decay_steps}, but schedule wsd needs 1 to {self.steps - self.warmup_steps}"
                 " (steps - warmup_steps)"
             )
-        for name in ("sequence_length", "micro_batch_tokens", "tensor_parallel", "pipeline_parallel", "log_every"):
+        positive = ("sequence_length", "micro_batch_tokens", "tensor_parallel", "pipeline_parallel", "virtual_pipeline",
+                    "context_parallel", "log_every")  # fmt: skip
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{at}{name}: {getattr(self, name)} is not a positive number; give at least 1")
-        for name in ("lr", "weight_decay", "clip_grad", "min_lr", "warmup_steps", "save_every", "max_skipped"):
+        counts = ("lr", "weight_decay", "clip_grad", "min_lr", "warmup_steps", "save_every", "max_skipped",
+                  "keep_every")  # fmt: skip
+        for name in counts:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{at}{name}: {getattr(self, name)} is negative; give 0 or more")
+        if self.spike_factor and not self.spike_factor > 1:
+            raise ConfigError(
+                f"{at}spike_factor: {self.spike_factor} calls ordinary losses spikes; give more than 1, or 0"
+            )
+        if self.recompute not in RECOMPUTE:
+            raise ConfigError(f"{at}recompute: {unknown(self.recompute, list(RECOMPUTE))}")
+        self._check_precision(at)
+        self._check_profile(at)
+
+    def _check_precision(self, at: str) -> None:
+        phases = self.precision_phases
+        if not phases:
+            return
+        for phase in phases:
+            if not isinstance(phase, list) or len(phase) != 2 or not isinstance(phase[1], int) or phase[1] < 1:
+                raise ConfigError(
+                    f"{at}precision_phases: {phase!r} is no phase; give [precision, steps], at least 1 step"
+                )
+            if phase[0] not in PRECISIONS:
+                raise ConfigError(f"{at}precision_phases: {unknown(str(phase[0]), list(PRECISIONS))}")
+        found = {name for name, _ in phases}
+        if "fp32" in found and len(found) > 1:
+            raise ConfigError(
+                f"{at}precision_phases: {phases} mixes fp32 with others, which no model can; choose one kind"
+            )
+        if (total := sum(steps for _, steps in phases)) != self.steps:
+            raise ConfigError(f"{at}steps: {self.steps}, but precision_phases {phases} have {total}; make them agree")
+
+    def _check_profile(self, at: str) -> None:
+        if not self.profile_steps:
+            return
+        if len(self.profile_steps) != 2 or not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ConfigError(f"{at}profile_steps: {self.profile_steps} should be [first, last], counted from 1")
+        if self.profile_steps[1] > self.steps:
+            raise ConfigError(
+                f"{at}profile_steps: {self.profile_steps} end after the last step {self.steps}; give earlier"
+            )
+        if not self.profile_dir:
+            raise ConfigError(
+                f"{at}profile_dir: profile_steps {self.profile_steps} need a folder to write to; give one"
+            )

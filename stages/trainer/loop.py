@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from stages.model import folder
 from stages.model.config import ModelConfig
-from stages.run import AGAIN
-from stages.stage import ConfigError, Context, CuveeError
-from stages.trainer import checkpoint
+from stages.run import AGAIN, OK
+from stages.stage import ConfigError, Context, CuveeError, identity
 from stages.trainer.batch import Group, Loss, Packed
+from stages.trainer.checkpoint import Checkpoints, committed, newest
 from stages.trainer.config import TrainConfig
+from stages.trainer.meter import Meter, Trace
 from stages.trainer.trainer import Trainer
 
 NOTHING = {"loss": math.nan, "grad_norm": 0.0, "tokens": 0.0, "skipped": 0.0}  # metrics of a step without groups
 RECENT = 50  # closing metrics are means over at most so many last steps, and at most a tenth of the run
+SPIKE_STEPS = 32  # recent losses whose median a spike is measured by; half of them must be known
+FIRST_LOSS = 0.3  # how far, relative to ln(vocabulary), the first loss of a new model may be without a warning
 
 
 class Stream(Protocol):
+    """A stream may also have `prefetchable` = True, where a batch is a function of the step alone and may be built in
+    a thread, and `fingerprint`, which tells its data from others when a run goes on."""
+
     def batch(self, step: int, trainer: Trainer) -> list[Group]:
         """The groups of optimizer step `step` (from 0): a function of the seed, the step and the trainer's weights.
         None where there is nothing to learn from (every completion rewarded alike): the step leaves the weights."""
@@ -37,14 +46,17 @@ class Stream(Protocol):
 
 @dataclass
 class Progress:
-    """What a resumed run must know besides weights and optimizer. step: steps done. recent: metrics of the last ones."""
+    """What a resumed run must know besides weights and optimizer. step: steps done. recent: metrics of the last ones.
+    losses: the last ones that were no spike, kept only with spike_factor."""
 
     step: int = 0
     tokens: int = 0
     skipped: int = 0
     streak: int = 0
+    spikes: int = 0
     first_loss: float = math.nan
     recent: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 def train(
@@ -62,10 +74,11 @@ def train(
 ) -> dict[str, float]:
     """Train for config.steps and write the CHECKPOINT folder (REWARD_MODEL for head "reward") to `out`.
 
-    model: sizes; by default those of `init`. Goes on from the newest checkpoint in ctx.scratch, with the same result,
-    bit for bit, as an uninterrupted run on a CPU with as many threads. SIGTERM saves and exits with status AGAIN.
-    Returns the closing metrics: means over the last steps, tokens seen, steps skipped.
-    Raises CuveeError after config.max_skipped steps in a row without a finite loss and gradient.
+    model: sizes; by default those of `init`. Goes on from the newest whole checkpoint in ctx.scratch, with the same
+    result, bit for bit, as an uninterrupted run on a CPU with as many threads. SIGTERM saves and exits with status
+    AGAIN. Returns the closing metrics: means over the last steps, tokens seen, steps skipped.
+    Raises CuveeError after config.max_skipped steps in a row that were skipped, and for checkpoints that are all
+    damaged, or of another model or data; ConfigError for a layout or precision that these processes can't have.
     """
     config.check()
     if model is None and init is None:
@@ -73,63 +86,157 @@ def train(
     sizes = model or folder.read_config(init)
     sizes.check()
     folder.check_vocabulary(tokenizer, sizes)
-    trainer = Trainer(config, sizes, objective, init, head, reference)
-    checkpoints = ctx.scratch / "checkpoints"
+    marks = committed(ctx.scratch / "checkpoints")
+    placed = config.placed(min(int(marks[-1].name), config.steps - 1) if marks else 0)
+    trainer = Trainer(placed, sizes, objective, init, head, reference)
+    log = (lambda _: None) if dist.get_rank() else ctx.log
+    checkpoints = Checkpoints(ctx.scratch / "checkpoints", config.keep_every, config.async_save)
     progress = Progress()
-    if found := checkpoint.committed(checkpoints):
-        progress = Progress(**trainer.load_state(found[-1]))
-        ctx.log(f"resumed after step {progress.step}/{config.steps}")
-    with _stop_requests() as stop:
-        _loop(config, stream, trainer, progress, checkpoints, ctx, stop)
+    made_by = {"model": identity(sizes), "data": getattr(stream, "fingerprint", "")}
+    if found := newest(checkpoints.folder, log):
+        path, mark = found
+        _check_same(path, mark, made_by)
+        trainer.load_state(path)
+        progress = Progress(**mark["progress"])
+        log(f"resumed after step {progress.step}/{config.steps}")
+    run = _Run(config, placed, trainer, checkpoints, progress, ctx, log, made_by, Meter(sizes, head), init is None)
+    with _stop_requests() as stop, _batches(placed, stream, trainer) as batch:
+        run.go(batch, stop)
     trainer.save_weights(out)
     if dist.get_rank() == 0:
         folder.write(out, sizes, tokenizer)
     dist.barrier()
+    if dist.get_rank():
+        raise SystemExit(OK)  # what a stage does with the finished model, its first process does alone
     return _closing(progress)
 
 
-def _loop(
-    config: TrainConfig, stream: Stream, trainer: Trainer, progress: Progress, checkpoints: Path, ctx: Context,
-    stop: threading.Event,
-) -> None:  # fmt: skip
-    pace = _Pace(config, progress)
-    window = max(1, min(RECENT, config.steps // 10))
-    while progress.step < config.steps:
+def _check_same(path: Path, mark: dict[str, Any], made_by: dict[str, Any]) -> None:
+    ours, theirs = json.loads(json.dumps(made_by["model"])), mark["model"]
+    other = [f"{k} {theirs.get(k)} instead of {ours.get(k)}" for k in sorted({*ours, *theirs})
+             if ours.get(k) != theirs.get(k)]  # fmt: skip
+    if mark["data"] != made_by["data"]:
+        other.append(f"data {mark['data'][:12]} instead of {made_by['data'][:12]}")
+    if other:
+        raise CuveeError(
+            f"{path}: this checkpoint was made with {', '.join(other)}; go back to that configuration, or remove "
+            f"{path.parent} to start from the beginning"
+        )
+
+
+@dataclass
+class _Run:
+    """The steps of one process. config: as placed for the first of them; whole: for all of the run."""
+
+    whole: TrainConfig
+    config: TrainConfig
+    trainer: Trainer
+    checkpoints: Checkpoints
+    progress: Progress
+    ctx: Context
+    log: Callable[[str], None]
+    made_by: dict[str, Any]
+    meter: Meter
+    fresh: bool
+
+    def go(self, batch: Callable[[int], list[Group]], stop: threading.Event) -> None:
+        config, progress = self.config, self.progress
+        trace = Trace(config)
+        precision = config.precision_at(0)  # what the trainer was built with
+        while progress.step < config.steps:
+            if config.precision_at(progress.step) != precision:
+                precision = config.precision_at(progress.step)
+                self.trainer.set_precision(precision)
+                self.log(f"precision is {precision} from step {progress.step + 1} on")
+            trace.before(progress.step)
+            self._step(batch)
+            trace.after(progress.step - 1)
+            stopping, writing = _anywhere(stop.is_set(), self.checkpoints.writing)
+            if not writing:
+                self.checkpoints.commit()
+            moving = progress.step < config.steps and self.whole.placed(progress.step) != config
+            if stopping or moving or self._due():
+                mark = {"progress": asdict(progress), **self.made_by}
+                self.trainer.save_state(self.checkpoints, progress.step, mark)
+            if stopping or moving:
+                self.checkpoints.wait()
+                why = "stopped on request" if stopping else "the next phase is placed otherwise: stopped"
+                self.log(f"{why} after step {progress.step}/{config.steps}; saved, start again to go on")
+                raise SystemExit(AGAIN)
+        self.checkpoints.wait()
+
+    def _step(self, batch: Callable[[int], list[Group]]) -> None:
+        config, progress = self.config, self.progress
         step, lr = progress.step, config.learning_rate(progress.step)
-        # Randomness is a function of (seed, step), so that there is no generator to save.
+        # Randomness is a function of (seed, step), so that there is no generator to save: not torch's, nor
+        # Megatron-core's tracker of CUDA generators, from which nothing is drawn while dropout is 0.
         torch.manual_seed(config.seed * 1_000_003 + step)
-        groups = stream.batch(step, trainer)
-        metrics = trainer.step(groups, lr) if groups else dict(NOTHING)
+        began = time.perf_counter()
+        groups = batch(step)
+        self.meter.waited(time.perf_counter() - began)
+        limit = _spike(config, progress)
+        skip_above = limit if config.skip_spikes else math.inf
+        metrics = self.trainer.step(groups, lr, skip_above) if groups else dict(NOTHING)
         progress.step += 1
         progress.tokens += int(metrics.pop("tokens"))
-        _count_skipped(config, progress, metrics)
+        if metrics["loss"] > limit:
+            progress.spikes += 1
+            self.log(f"step {progress.step}: loss {metrics['loss']:.4g} is a spike, above {limit:.4g}")
+        self._count_skipped(metrics)
         if math.isnan(progress.first_loss):
             progress.first_loss = metrics["loss"]
-        progress.recent = [*progress.recent, metrics][-window:]
-        rate = pace.rate(progress)
-        if dist.get_rank() == 0:
-            ctx.metrics(progress.step, **metrics, lr=lr, tokens_per_second=rate)
-            if progress.step % config.log_every == 0 or progress.step in (1, config.steps):
-                ctx.log(_line(config, progress, metrics, lr, rate, pace.eta(progress)))
-        stopping = _anywhere(stop.is_set())
-        every, last = config.save_every, progress.step == config.steps > config.save_every
-        if stopping or (every and (progress.step % every == 0 or last)):
-            trainer.save_state(checkpoints, progress.step, asdict(progress))
-        if stopping:
-            ctx.log(f"stopped on request after step {progress.step}/{config.steps}; saved, start again to go on")
-            raise SystemExit(AGAIN)
+            self._check_first_loss()
+        progress.recent = [*progress.recent, metrics][-max(1, min(RECENT, config.steps // 10)) :]
+        self._tell(metrics | {"lr": lr}, self.meter.step(groups))
+
+    def _due(self) -> bool:
+        step, every, config = self.progress.step, self.config.save_every, self.config
+        last = every and step == config.steps > every
+        return bool(last or (every and step % every == 0) or (config.keep_every and step % config.keep_every == 0))
+
+    def _tell(self, metrics: dict[str, float], speed: dict[str, float]) -> None:
+        step, steps = self.progress.step, self.config.steps
+        if dist.get_rank():
+            return
+        self.ctx.metrics(step, **metrics, **speed)
+        if step % self.config.log_every == 0 or step in (1, steps):
+            lr = f"{metrics['lr']:.1e}".replace("e-0", "e-")
+            self.log(
+                f"step {step}/{steps} loss {metrics['loss']:.4g} lr {lr} norm {metrics['grad_norm']:.3g} "
+                f"tokens/s {speed['tokens_per_second']:,.0f} TFLOP/s {speed['tflops_per_gpu']:.3g} "
+                f"data {speed['data_wait']:.0%} memory {speed['peak_memory_gib']:.3g} GiB "
+                f"eta {self.meter.eta(steps - step):.0f}s"
+            )
+
+    def _count_skipped(self, metrics: dict[str, float]) -> None:
+        config, progress = self.config, self.progress
+        skipped = int(metrics.pop("skipped"))
+        progress.skipped += skipped
+        progress.streak = progress.streak + 1 if skipped else 0
+        if config.spike_factor and not skipped and math.isfinite(metrics["loss"]):
+            progress.losses = [*progress.losses, metrics["loss"]][-SPIKE_STEPS:]
+        if progress.streak > config.max_skipped:
+            raise CuveeError(
+                f"max_skipped: the loss or its gradient was NaN, infinite or a spike in {progress.streak} steps in a "
+                f"row, {progress.step - progress.streak + 1} to {progress.step} (loss {metrics['loss']}, gradient norm "
+                f"{metrics['grad_norm']}); lower lr {config.lr:g} or look at the data of these steps"
+            )
+
+    def _check_first_loss(self) -> None:
+        expected, found = math.log(self.trainer.sizes.vocab_size), self.progress.first_loss
+        if self.fresh and abs(found - expected) > FIRST_LOSS * expected:
+            self.log(
+                f"warning: the first loss is {found:.4g}, but a new model should guess: about ln(vocab_size) = "
+                f"{expected:.4g}; look at init_std, logit_scale and the data"
+            )
 
 
-def _count_skipped(config: TrainConfig, progress: Progress, metrics: dict[str, float]) -> None:
-    skipped = int(metrics.pop("skipped"))
-    progress.skipped += skipped
-    progress.streak = progress.streak + 1 if skipped else 0
-    if progress.streak > config.max_skipped:
-        raise CuveeError(
-            f"max_skipped: the loss or its gradient was NaN or infinite in {progress.streak} steps in a row, up to step "
-            f"{progress.step} (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); lower lr {config.lr:g} or "
-            "look at the data of these steps"
-        )
+def _spike(config: TrainConfig, progress: Progress) -> float:
+    """The loss above which a step is a spike: spike_factor times the median of the recent ones."""
+    if not config.spike_factor or len(progress.losses) < SPIKE_STEPS // 2:
+        return math.inf
+    median = statistics.median(progress.losses)
+    return config.spike_factor * median if median > 0 else math.inf  # a loss below 0 has no such scale
 
 
 def _closing(progress: Progress) -> dict[str, float]:
@@ -140,42 +247,26 @@ def _closing(progress: Progress) -> dict[str, float]:
         values = [m[name] for m in progress.recent if math.isfinite(m.get(name, math.nan))]
         if values:
             found[name] = sum(values) / len(values)
-    totals = {"steps": progress.step, "tokens": progress.tokens, "skipped": progress.skipped}
-    return {**found, "loss_first": progress.first_loss, **{k: float(v) for k, v in totals.items()}}
+    totals = {n: float(getattr(progress, n)) for n in ("tokens", "skipped", "spikes")}
+    return {**found, "loss_first": progress.first_loss, "steps": float(progress.step), **totals}
 
 
-def _line(
-    config: TrainConfig, progress: Progress, metrics: dict[str, float], lr: float, rate: float, eta: float
-) -> str:
-    shown = f"{lr:.1e}".replace("e-0", "e-")
-    return (
-        f"step {progress.step}/{config.steps} loss {metrics['loss']:.4g} lr {shown} norm {metrics['grad_norm']:.3g} "
-        f"tokens/s {rate:,.0f} eta {eta:.0f}s"
-    )
+@contextmanager
+def _batches(config: TrainConfig, stream: Stream, trainer: Trainer) -> Iterator[Callable[[int], list[Group]]]:
+    """The stream's batches by step. Where it is prefetchable, a thread builds the next one while a step runs."""
+    if not (config.prefetch and getattr(stream, "prefetchable", False)):
+        yield lambda step: stream.batch(step, trainer)
+        return
+    ahead: dict[int, Future] = {}
+    with ThreadPoolExecutor(1, "batches") as thread:
 
+        def batch(step: int) -> list[Group]:
+            groups = (ahead.pop(step, None) or thread.submit(stream.batch, step, trainer)).result()
+            if step + 1 < config.steps:
+                ahead[step + 1] = thread.submit(stream.batch, step + 1, trainer)
+            return groups
 
-class _Pace:
-    """Tokens a second and time to the end, from this process's own steps; the first (warming up) counts only alone."""
-
-    def __init__(self, config: TrainConfig, progress: Progress):
-        self.config = config
-        self._mark(progress)
-        self.warm = False
-
-    def _mark(self, progress: Progress) -> None:
-        self.start, self.tokens, self.step = time.perf_counter(), progress.tokens, progress.step
-
-    def rate(self, progress: Progress) -> float:
-        elapsed = time.perf_counter() - self.start
-        rate = (progress.tokens - self.tokens) / max(elapsed, 1e-9)
-        self.seconds = elapsed / max(progress.step - self.step, 1)
-        if not self.warm:
-            self._mark(progress)
-            self.warm = True
-        return rate
-
-    def eta(self, progress: Progress) -> float:
-        return self.seconds * (self.config.steps - progress.step)
+        yield batch
 
 
 @contextmanager
@@ -192,10 +283,10 @@ def _stop_requests() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _anywhere(flag: bool) -> bool:
-    """Whether `flag` is set on any rank, so that all stop after the same step."""
+def _anywhere(*flags: bool) -> list[bool]:
+    """Whether each flag is set on any rank, so that all do the same after the same step."""
     if dist.get_world_size() == 1:
-        return flag
-    seen = torch.tensor(int(flag))
+        return list(flags)
+    seen = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(seen, dist.ReduceOp.MAX)
-    return bool(seen)
+    return [bool(flag) for flag in seen.tolist()]

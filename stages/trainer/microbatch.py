@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,10 @@ class Microbatch:
     tokens: int64 [1, T]. rows: int64 [N], packed row that predicts each target. targets: int64 [N]. mask: float32 [N].
     sequence: int64 [N], 0..S-1. group: int64 [S]. last: int64 [S], row of each sequence's last token.
     fields: name -> float32 [S]. numbers: place of each sequence in the step's batch. reference: float32 [N].
+    places: int64 [N] in host memory, how many tokens precede each target in its sequence, less one.
+    Under context parallelism tokens are this rank's share [1, T / ranks], rows are numbered in that share and given for
+    its targets only, `here`: int64 [at most N], as `last_here` are the sequences whose `last` it has; `packing` and all
+    else is of the whole sequences.
     """
 
     tokens: Tensor
@@ -33,7 +38,33 @@ class Microbatch:
     last: Tensor
     fields: dict[str, Tensor]
     numbers: list[int]
+    places: np.ndarray
     reference: Tensor | None = None
+    here: Tensor | None = None
+    last_here: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a step's groups are shared: data-parallel rank and ranks, context-parallel rank and ranks; a rank's tokens of
+    a microbatch are a multiple of `align`. turns: virtual pipeline stages take turns in as many microbatches, so that
+    there must be a multiple of them, all of one length (0: no virtual pipeline)."""
+
+    rank: int = 0
+    ranks: int = 1
+    context_rank: int = 0
+    context_ranks: int = 1
+    align: int = 1
+    turns: int = 0
+    device: torch.device | str = "cpu"
+
+    @property
+    def unit(self) -> int:
+        """Under context parallelism the tokens of a document are a multiple of it: every rank takes two pieces."""
+        return 2 * self.context_ranks if self.context_ranks > 1 else 1
+
+    def padded(self, lengths: np.ndarray) -> np.ndarray:
+        return -(-lengths // self.unit) * self.unit
 
 
 def split(sizes: list[int], budget: int, multiple: int) -> list[list[int]]:
@@ -44,8 +75,8 @@ def split(sizes: list[int], budget: int, multiple: int) -> list[list[int]]:
     """
     if len(sizes) < multiple:
         raise CuveeError(
-            f"a step's batch of {len(sizes)} groups cannot be shared among {multiple} data-parallel ranks; "
-            "raise the batch or start fewer processes"
+            f"a step's batch of {len(sizes)} groups cannot be shared among {multiple} data-parallel ranks (times "
+            "pipeline_parallel under virtual_pipeline); raise the batch or start fewer processes"
         )
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     count = -(-max(sum(sizes), 1) // (budget * multiple)) * multiple
@@ -63,17 +94,20 @@ def split(sizes: list[int], budget: int, multiple: int) -> list[list[int]]:
         count += multiple
 
 
-def build(groups: list[Group], numbers: list[int], vocab_size: int, longest: int, align: int = 1) -> Microbatch:
+def build(
+    groups: list[Group], numbers: list[int], vocab_size: int, longest: int, sharing: Sharing = Sharing(),
+    least: int = 0,
+) -> Microbatch:  # fmt: skip
     """One microbatch of `groups`, whose sequences have the given `numbers` in the step's batch.
 
-    align: T is padded to a multiple of it with a document that belongs to no sequence (sequence parallel).
-    Raises CuveeError for an empty sequence, one longer than `longest`, or a token outside the vocabulary.
+    T is padded, to at least `least`, with a document that belongs to no sequence. Raises CuveeError for an empty sequence,
+    one longer than `longest`, or a token outside the vocabulary.
     """
     sequences = [sequence for group in groups for sequence in group]
-    lengths = [len(sequence.tokens) for sequence in sequences]
-    if min(lengths) < 1 or max(lengths) > longest:
+    lengths = np.array([len(sequence.tokens) for sequence in sequences])
+    if lengths.min() < 1 or lengths.max() > longest:
         raise CuveeError(
-            f"a sequence of {max(lengths)} tokens (shortest {min(lengths)}) does not fit the model's "
+            f"a sequence of {lengths.max()} tokens (shortest {lengths.min()}) does not fit the model's "
             f"max_position_embeddings {longest}; shorten sequence_length or raise the model's maximum"
         )
     tokens = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int64)
@@ -86,30 +120,68 @@ def build(groups: list[Group], numbers: list[int], vocab_size: int, longest: int
     mask = np.concatenate([sequence.mask for sequence in sequences]).astype(np.float32)
     mask[ends - lengths] = 0.0  # nothing predicts a first token
     at = np.flatnonzero(mask)
-    padding = -len(tokens) % align
-    names = sequences[0].fields.keys()
+    sequence = np.repeat(np.arange(len(sequences)), lengths)[at]
+    row, padded, documents, last = _padded(tokens, lengths, sharing, least)
+    rows, arrays = row[at - 1], {"targets": tokens[at], "mask": mask[at], "sequence": sequence}
+    share = None
+    if sharing.context_ranks > 1:
+        share = context_share(documents, sharing.context_rank, sharing.context_ranks)
+        place = np.full(len(padded), -1)
+        place[share] = np.arange(len(share))
+        arrays["here"], arrays["last_here"] = (np.flatnonzero(place[r] >= 0) for r in (rows, last))
+        padded, rows, last = padded[share], place[rows][arrays["here"]], place[last][arrays["last_here"]]
+        arrays["targets"] = arrays["targets"][arrays["here"]]
+    arrays |= {"tokens": padded[None], "rows": rows, "last": last,
+               "group": np.repeat(np.arange(len(groups)), [len(group) for group in groups])}  # fmt: skip
+    fields = {name: np.array([s.fields[name] for s in sequences], np.float32) for name in sequences[0].fields}
+    put = lambda array: torch.from_numpy(array).to(sharing.device, non_blocking=True)  # noqa: E731
     return Microbatch(
-        tokens=torch.from_numpy(np.pad(tokens, (0, padding)))[None],
-        packing=pack(lengths + [padding] * bool(padding)),
-        rows=torch.from_numpy(at - 1),
-        targets=torch.from_numpy(tokens[at]),
-        mask=torch.from_numpy(mask[at]),
-        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), lengths)[at]),
-        group=torch.from_numpy(np.repeat(np.arange(len(groups)), [len(group) for group in groups])),
-        last=torch.from_numpy(ends - 1),
-        fields={name: torch.tensor([s.fields[name] for s in sequences], dtype=torch.float32) for name in names},
-        numbers=numbers,
-    )
+        **{name: put(array) for name, array in arrays.items()}, fields={name: put(a) for name, a in fields.items()},
+        packing=pack(documents, sharing.device, share), numbers=numbers, places=at - 1 - (ends - lengths)[sequence],
+    )  # fmt: skip
+
+
+def _padded(
+    tokens: np.ndarray, lengths: np.ndarray, sharing: Sharing, least: int
+) -> tuple[np.ndarray, np.ndarray, list[int], np.ndarray]:
+    """(padded row of each token, tokens in padded rows, lengths of padded documents, row of each sequence's last token).
+
+    The padding after a document is never looked at: attention is causal.
+    """
+    sizes = sharing.padded(lengths)
+    starts, first = np.cumsum(sizes) - sizes, np.cumsum(lengths) - lengths
+    row = np.arange(len(tokens)) + np.repeat(starts - first, lengths)
+    total = int(sizes.sum())
+    multiple = math.lcm(sharing.unit, sharing.align * sharing.context_ranks)
+    rest = -(-max(total, least) // multiple) * multiple - total
+    padded = np.zeros(total + rest, np.int64)
+    padded[row] = tokens
+    return row, padded, [*map(int, sizes), *[rest] * bool(rest)], starts + lengths - 1
+
+
+def context_share(lengths: list[int], rank: int, ranks: int) -> np.ndarray:
+    """Rows, int64 [sum(lengths) / ranks], of one context-parallel rank in documents of `lengths` (multiples of 2 * ranks):
+    pieces `rank` and 2 * ranks - 1 - rank of each document's 2 * ranks, so that causal attention costs every rank the
+    same (Transformer Engine's thd_get_partitioned_indices)."""
+    pieces = np.array(lengths) // (2 * ranks)
+    starts = np.cumsum(lengths) - lengths
+    both = [(s + i * p, p) for s, p in zip(starts, pieces, strict=True) for i in (rank, 2 * ranks - 1 - rank)]
+    return np.concatenate([np.arange(s, s + p) for s, p in both])
 
 
 def microbatches(
-    groups: list[Group], budget: int, vocab_size: int, longest: int, rank: int = 0, ranks: int = 1, align: int = 1
+    groups: list[Group], budget: int, vocab_size: int, longest: int, sharing: Sharing = Sharing()
 ) -> list[Microbatch]:
-    """This data-parallel rank's microbatches of a step's `groups`; every rank gets as many."""
+    """This data-parallel rank's microbatches of at most `budget` tokens of a step's `groups`; every rank gets as many."""
     sizes = [sum(len(sequence.tokens) for sequence in group) for group in groups]
     first = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
+    mine = split(sizes, budget, sharing.ranks * max(sharing.turns, 1))[sharing.rank :: sharing.ranks]
+    least = 0
+    if sharing.turns:
+        tokens = [sharing.padded(np.array([len(s.tokens) for s in group])).sum() for group in groups]
+        least = max(int(sum(tokens[i] for i in members)) for members in mine)
     found = []
-    for members in split(sizes, budget, ranks)[rank::ranks]:
+    for members in mine:
         numbers = [int(n) for i in members for n in range(first[i], first[i + 1])]
-        found.append(build([groups[i] for i in members], numbers, vocab_size, longest, align))
+        found.append(build([groups[i] for i in members], numbers, vocab_size, longest, sharing, least))
     return found

@@ -3,38 +3,70 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from stages.stage import ConfigError
+from stages.model.config import ModelConfig
+from stages.trainer import layout
 from stages.trainer.config import TrainConfig
 
+TIMEOUT = timedelta(hours=2)  # that ranks wait for one another, e.g. for rollouts that the first one samples
+T = TypeVar("T")
 
-def initialise(config: TrainConfig) -> None:
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on every rank; raises what it raised there. A collective: the others wait."""
+    if dist.get_world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:  # the others must not wait for what will not come
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def initialise(config: TrainConfig, sizes: ModelConfig | None = None) -> None:
     """Set up torch.distributed and Megatron-core's groups for `config`; again in one process is allowed.
 
-    Raises ConfigError when the number of processes is no multiple of tensor_parallel * pipeline_parallel.
+    Raises ConfigError where the processes cannot hold a model of `sizes` as configured (stages/trainer/layout.py).
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    shards = config.tensor_parallel * config.pipeline_parallel
-    if world % shards:
-        raise ConfigError(
-            f"tensor_parallel {config.tensor_parallel} x pipeline_parallel {config.pipeline_parallel} needs a multiple "
-            f"of {shards} processes, found {world}; start more of them or lower one of the two"
-        )
+    world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    if sizes is not None:
+        layout.check(config, sizes, world, "cuda" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        if world == 1:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group("gloo")
-    layout = (config.tensor_parallel, config.pipeline_parallel)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+        # Objects and flags travel between CPUs, tensors of a GPU through NCCL.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **alone)
+    virtual = config.virtual_pipeline if config.virtual_pipeline > 1 else None
+    wanted = (config.tensor_parallel, config.pipeline_parallel, virtual, config.context_parallel)
     if parallel_state.model_parallel_is_initialized():
-        if layout == (
+        found = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
-        ):
+            parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+        )
+        if found == wanted:
             return
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(*layout)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=True)
+    tensor, pipeline, _, context = wanted
+    parallel_state.initialize_model_parallel(tensor, pipeline, virtual, context_parallel_size=context)
+    # Nothing here draws random numbers; on a CPU there is no CUDA generator to keep the states of.
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=not cuda, force_reset_rng=True)

@@ -50,6 +50,27 @@ def test_only_flows_imports_prefect():
         assert not re.search(r"^\s*(import|from) (prefect|flows)\b", path.read_text(), re.M), path
 
 
+@pytest.mark.parametrize("name", stages.names("model/families"))
+def test_model_family(name):
+    from stages.model.config import Traits
+    from tests.parity.families import FAMILIES
+
+    module = stages.resolve("model/families", name)
+    assert isinstance(module.TRAITS, Traits) and module.TRAITS.norm in ("layernorm", "rmsnorm")
+    config = FAMILIES[name]  # tests/parity compares a model of every family with transformers'
+    config.check()
+    hf = config.to_hf()
+    assert hf["model_type"] == name and type(config).from_hf(hf) == config
+
+
+def test_counting_parameters_imports_no_torch():
+    code = ("import sys; from stages.stage import names, resolve; from stages.model.config import ModelConfig\n"
+            "[resolve('model/families', n) for n in names('model/families')]; ModelConfig().parameters()\n"
+            "ModelConfig.from_hf(ModelConfig().to_hf()); print('torch' in sys.modules)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("name", stages.names("objectives"))
 def test_objective(name):
     module = stages.resolve("objectives", name)

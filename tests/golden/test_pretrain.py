@@ -19,7 +19,8 @@ if __name__ == "__main__":
 
 from stages.data.indexed import write
 from stages.model.config import ModelConfig
-from stages.stage import ConfigError, Context, CuveeError, Kind, parse
+from stages.run import AGAIN
+from stages.stage import ConfigError, Context, CuveeError, Kind, identity, parse
 from stages.train import pretrain
 from stages.train._documents import Documents, Source
 from tests.unit.tiny import artifact, tokenizer
@@ -135,6 +136,66 @@ def test_blend_and_long_documents(tokens):
     assert drawn == pytest.approx(40 * 1024, rel=0.03)
 
 
+def test_command_a_extends_its_context(tokens):
+    """8k, 32k, 128k, 256k for 30,000, 10,000, 5,000, 5,000 steps; long documents every 4th; a layout for each."""
+    phases = [[8192, 30_000], [32_768, 10_000], [131_072, 5_000], [262_144, 5_000]]
+    placed = [{}, {}, {"context_parallel": 4, "recompute": "full"}, {"context_parallel": 8, "recompute": "full"}]
+    c = config(
+        steps=50_000, phases=phases, long_every=4, batch_tokens=4_194_304, lr=2.5e-4, min_lr=1e-6, schedule="linear",
+        warmup_steps=0, phase_placement=placed, model=MODEL | {"max_position_embeddings": 262_144},
+    )  # fmt: skip
+    pretrain.check(c, {"tokens": None})
+    assert [c.phase(s) for s in (0, 29_999, 30_000, 44_999, 45_000, 49_999)] == [
+        (0, 0), (0, 29_999), (1, 0), (2, 4_999), (3, 0), (3, 4_999)
+    ]  # fmt: skip
+    assert [c.placed(s).context_parallel for s in (39_999, 40_000, 45_000)] == [1, 4, 8] and c.placed(0) == c
+    assert c.learning_rate(0) == 2.5e-4 and c.learning_rate(49_999) == 1e-6
+    assert identity(c) == identity(config(**identity(c)))  # the layouts are not part of it
+
+
+def test_every_number_of_ranks_trains_on_the_same_documents(tokens):
+    """The batch is one; ranks share it without rest, and any rank could be asked for any step first."""
+    from stages.trainer.microbatch import split
+
+    batch = Documents(config(batch_tokens=4096), tokens).batch(3, None)
+    sizes = [len(group[0].tokens) for group in batch]
+    for ranks in (1, 2, 4):
+        shares = [split(sizes, 512, ranks)[rank::ranks] for rank in range(ranks)]
+        assert sorted(i for share in shares for part in share for i in part) == list(range(len(batch)))
+        assert len({len(share) for share in shares}) == 1  # as many microbatches on each
+
+
+def test_phases_of_another_layout_start_again_with_the_same_result(tokens, tmp_path):
+    inputs = {"tokens": artifact(tokens, Kind.TOKENS)}
+    values = {"steps": 6, "phases": [[64, 2], [96, 4]], "model": MODEL | {"max_position_embeddings": 96}}
+    layouts = {"phase_placement": [{}, {"log_every": 1}]}  # which changes no rounding, as a layout may
+    found = []
+    for name, c in (("one", config(**values)), ("two", config(**values | layouts))):
+        for folder in ("out", "scratch"):
+            (tmp_path / name / folder).mkdir(parents=True)
+        pretrain.check(c, inputs)
+        ctx = Context(tmp_path / name / "scratch")
+        for _ in range(1 + bool(c.phase_placement)):
+            try:
+                pretrain.run(c, inputs, tmp_path / name / "out", ctx)
+            except SystemExit as stop:
+                assert stop.code == AGAIN and name == "two"
+                assert [p.name for p in (ctx.scratch / "checkpoints").iterdir()] == ["0000000002"]
+        found.append((tmp_path / name / "out/model.safetensors").read_bytes())
+    assert found[0] == found[1]
+    assert (ctx.scratch / "metrics.jsonl").read_text().count("\n") == 6
+
+
+def test_a_run_does_not_go_on_with_other_data(tokens, tmp_path):
+    other = corpus(tmp_path / "other")
+    (tmp_path / "out").mkdir()
+    c, ctx = config(phase_placement=[{}, {"log_every": 1}], phases=[[64, 4], [64, 4]]), Context(tmp_path)
+    with pytest.raises(SystemExit):
+        pretrain.run(c, {"tokens": artifact(tokens, Kind.TOKENS)}, tmp_path / "out", ctx)
+    with pytest.raises(CuveeError, match="made with data tokens instead of other; go back to that configuration"):
+        pretrain.run(c, {"tokens": artifact(other, Kind.TOKENS)}, tmp_path / "out", ctx)
+
+
 def test_refusals(tokens, tmp_path):
     with pytest.raises(CuveeError, match="max_epochs: .* over domain"):
         Documents(config(max_epochs=0.5), tokens)
@@ -149,6 +210,11 @@ def test_refusals(tokens, tmp_path):
         ({"blend": {"up": -1.0}}, "blend"),
         ({"phases": [[64]]}, "should be a list of"),
         ({"model": MODEL | {"head_dim": 16}}, "model.head_dim: 16"),
+        ({"phase_placement": [{}, {}]}, "phase_placement: 2 entries for 1 phases"),
+        ({"phase_placement": [{"contxt_parallel": 2}]}, "did you mean 'context_parallel'"),
+        ({"phase_placement": [{"lr": 1.0}]}, "phase_placement.0.: 'lr' is not known"),
+        ({"phase_placement": [{"fsdp": True}]}, "phase_placement.0.: 'fsdp' is not known"),
+        ({"phase_placement": [{"log_every": 0}]}, "phase_placement.0..log_every: 0 is not a positive"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             pretrain.check(config(**changes), {"tokens": None})

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from stages.run import AGAIN
 from tests.resume import trainer_run
+from tests.resume.test_trainer_parallel import launch
 from tests.unit.tiny import tokenizer
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -85,6 +87,57 @@ def test_killed_at_random_moments(tmp_path, words, whole):
     else:
         assert finish(tmp_path, words) == 0
     assert kills and outcome(tmp_path) == outcome(whole) and series(tmp_path) == series(whole)
+
+
+def test_killed_at_every_file_of_a_save_again_and_again(tmp_path, words):
+    """Before each file of a checkpoint is made, written, read, renamed or removed."""
+    options = {"save_every": 4, "steps": 9, "async_save": True}
+    assert finish(tmp_path / "whole", words, **options) == 0
+    assert finish(tmp_path / "begun", words, **options | {"async_save": False}, die_at=8) == -signal.SIGKILL
+    assert sorted(p.name for p in (tmp_path / "begun/scratch/checkpoints").iterdir()) == ["0000000004", "0000000008"]
+    for file in range(1, 100, 3):
+        root = tmp_path / str(file)
+        shutil.copytree(tmp_path / "begun", root)
+        ends = [finish(root, words, **options, file=file + more) for more in range(3)]
+        if ends[0] == 0:
+            break
+        assert ends[-1] == 0 or finish(root, words, **options) == 0
+        assert outcome(root) == outcome(tmp_path / "whole") and series(root) == series(tmp_path / "whole"), file
+    assert 25 < file < 99
+
+
+def test_a_checkpoint_is_the_step_it_was_saved_at_though_training_went_on(tmp_path, words, whole):
+    assert finish(tmp_path, words, slow=2, die_at=7) == -signal.SIGKILL
+    steps = sorted(series(tmp_path))
+    kept = [p.parent.name for p in (tmp_path / "scratch/checkpoints").glob("*/commit.json")]
+    assert steps == [1, 2, 3, 4, 5, 6, 7] and kept == ["0000000003"]
+    assert finish(tmp_path, words) == 0
+    assert outcome(tmp_path) == outcome(whole) and series(tmp_path) == series(whole)
+
+
+def test_two_ranks_go_on_bit_for_bit(tmp_path, words):
+    """Killed while both write, then stopped by a SIGTERM that one of them got."""
+    options, killed = {"steps": 8, "distributed_optimizer": True}, tmp_path / "killed"
+    assert launch(2, tmp_path / "whole", words, **options) == [0, 0]
+    assert launch(2, killed, words, **options, slow=2, die_at=7) == [-signal.SIGKILL] * 2
+    assert [p.parent.name for p in killed.glob("scratch/checkpoints/*/commit.json")] == ["0000000003"]
+    assert launch(2, killed, words, **options, stop_at=3) == [AGAIN] * 2
+    assert launch(2, killed, words, **options) == [0, 0]
+    assert outcome(killed) == outcome(tmp_path / "whole") and series(killed) == series(tmp_path / "whole")
+    lines = (killed / "scratch/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 8), 4, *range(5, 9)]
+
+
+def test_two_ranks_find_a_damaged_checkpoint(tmp_path, words):
+    options, killed = {"steps": 7, "tensor_parallel": 2, "save_every": 2}, tmp_path / "killed"
+    assert launch(2, tmp_path / "whole", words, **options) == [0, 0]
+    assert launch(2, killed, words, **options, async_save=False, die_at=5) == [-signal.SIGKILL] * 2
+    shard = killed / "scratch/checkpoints/0000000004/__1_0.distcp"  # the second rank's
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert launch(2, killed, words, **options) == [0, 0]
+    assert outcome(killed) == outcome(tmp_path / "whole")
+    lines = (killed / "scratch/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 6), *range(3, 8)]
 
 
 def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, words, whole):

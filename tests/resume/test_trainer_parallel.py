@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.stage import ConfigError
 from tests.resume import trainer_run
 from tests.unit.tiny import tokenizer
 
@@ -19,7 +20,11 @@ LAYOUTS = {
     "TP2": {"tensor_parallel": 2},
     "TP2+SP": {"tensor_parallel": 2, "sequence_parallel": True},
     "PP2": {"pipeline_parallel": 2},
+    "PP2 VPP2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
     "DP2": {},
+    "DP2 distributed": {"distributed_optimizer": True},
+    "DP2 FSDP": {"fsdp": True},
+    "TP2+SP PP2": {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2},
 }
 
 
@@ -29,11 +34,16 @@ def rank_main(rank: int, world: int, port: int, *args, **options) -> None:
     trainer_run.run(*args, **options)
 
 
-def launch(world: int, root: Path, words: Path, **options) -> list[int]:
+def port() -> int:
+    """A free one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [FORKS.Process(target=rank_main, args=(r, world, port, root, words), kwargs=options) for r in range(world)]
+        return probe.getsockname()[1]
+
+
+def launch(world: int, root: Path, words: Path, **options) -> list[int]:
+    free = port()
+    ranks = [FORKS.Process(target=rank_main, args=(r, world, free, root, words), kwargs=options) for r in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -43,7 +53,7 @@ def launch(world: int, root: Path, words: Path, **options) -> list[int]:
 
 def losses(root: Path) -> list[float]:
     points = [json.loads(line) for line in (root / "scratch/metrics.jsonl").read_text().splitlines()]
-    return [point["loss"] for point in points]
+    return [point["loss"] for point in points if "loss" in point]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,8 @@ def single(tmp_path_factory, words):
 def test_equals_a_single_process(name, tmp_path, words, single):
     from safetensors.torch import load_file
 
-    assert launch(2, tmp_path, words, steps=20, **LAYOUTS[name]) == [0, 0]
+    world = 4 if name == "TP2+SP PP2" else 2
+    assert launch(world, tmp_path, words, steps=20, **LAYOUTS[name]) == [0] * world
     assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
     ours, theirs = (load_file(root / "out/model.safetensors") for root in (tmp_path, single))
     assert ours.keys() == theirs.keys()
@@ -78,11 +89,31 @@ def test_references_and_reward_heads_equal_a_single_process(kind, tmp_path, word
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "single"), rel=1e-4), name
 
 
-def test_a_checkpoint_goes_on_in_another_layout(tmp_path, words, single):
-    """Saved by two tensor-parallel ranks, resumed by one process."""
-    codes = launch(2, tmp_path, words, steps=20, save_every=8, die_at=10, tensor_parallel=2)
-    assert codes == [-9, -9]
-    assert launch(1, tmp_path, words, steps=20, save_every=8) == [0]
-    found = dict(zip([json.loads(x)["step"] for x in (tmp_path / "scratch/metrics.jsonl").read_text().splitlines()],
-                     losses(tmp_path), strict=True))  # fmt: skip
+@pytest.mark.parametrize("before, after", [
+    ((2, {"tensor_parallel": 2}), (1, {})),
+    ((1, {}), (2, {"tensor_parallel": 2, "sequence_parallel": True})),
+    ((2, {"pipeline_parallel": 2, "virtual_pipeline": 2}), (2, {"tensor_parallel": 2})),
+    ((2, {"distributed_optimizer": True}), (1, {"distributed_optimizer": True})),
+    ((1, {"distributed_optimizer": True}), (2, {"distributed_optimizer": True, "tensor_parallel": 2})),
+    ((2, {"fsdp": True}), (1, {"fsdp": True})),
+], ids=["TP2-single", "single-TP2+SP", "PP2 VPP2-TP2", "distributed DP2-DP1", "distributed DP1-TP2", "FSDP DP2-DP1"])  # fmt: skip
+def test_a_checkpoint_goes_on_in_another_layout(before, after, tmp_path, words, single):
+    """Killed in one layout, resumed in another: the losses of the uninterrupted single process."""
+    (world, layout), (other, changed) = before, after
+    assert launch(world, tmp_path, words, steps=20, save_every=8, die_at=10, **layout) == [-9] * world
+    assert launch(other, tmp_path, words, steps=20, save_every=8, **changed) == [0] * other
+    points = [json.loads(x) for x in (tmp_path / "scratch/metrics.jsonl").read_text().splitlines()]
+    found = {point["step"]: point["loss"] for point in points}
+    assert [point["step"] for point in points].count(9) == 2  # the checkpoint of step 8 was the newest
     assert [found[step] for step in range(1, 21)] == pytest.approx(losses(single), abs=1e-5)
+
+
+def test_another_kind_of_optimizer_cannot_go_on(tmp_path):
+    from stages.trainer.checkpoint import Checkpoints
+    from stages.trainer.trainer import Trainer
+
+    plain = Trainer(trainer_run.config(), trainer_run.SIZES, trainer_run.pull)
+    plain.save_state(Checkpoints(tmp_path, background=False), 3, {})
+    shared = Trainer(trainer_run.config(distributed_optimizer=True), trainer_run.SIZES, trainer_run.pull)
+    with pytest.raises(ConfigError, match="saved with the plain optimizer .* set distributed_optimizer=false fsdp=false"):
+        shared.load_state(tmp_path / "0000000003")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +35,16 @@ def config(**changes) -> TrainConfig:
 class Counting:
     """Documents that count upwards in steps of 1 to 3: learnable at once. Pairs share a group."""
 
-    def __init__(self, seed: int = 0, groups: int = 12, die_at: int = -1):
-        self.seed, self.groups, self.die_at = seed, groups, die_at
+    def __init__(self, seed: int = 0, groups: int = 12, die_at: int = -1, stop_at: int = -1):
+        self.seed, self.groups, self.die_at, self.stop_at = seed, groups, die_at, stop_at
+        self.asked = threading.Semaphore(0)  # released for every batch
 
     def batch(self, step: int, trainer) -> list[list[Sequence]]:
+        self.asked.release()
         if step == self.die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
+        if step == self.stop_at and os.environ.get("RANK", "1") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
         rng = np.random.default_rng([self.seed, step])
         return [[self._sequence(rng) for _ in range(rng.integers(1, 3))] for _ in range(self.groups)]
 
@@ -59,15 +67,51 @@ def regress(batch):
     return Loss(((batch.scores - goal) ** 2).sum(), float(len(batch.scores)))
 
 
+def die(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_file(folder: Path, number: int) -> None:
+    """SIGKILL before the number-th time (from 1) that anything in `folder` is made, opened, renamed or removed."""
+    count = itertools.count(1)
+
+    def hook(event: str, args: tuple) -> None:
+        ours = event == "os.remove" or (event in ("open", "os.mkdir", "os.rename", "os.rmdir", "shutil.rmtree")
+                                        and str(args[0]).startswith(str(folder)))  # fmt: skip
+        if ours and next(count) == number:
+            die()
+
+    sys.addaudithook(hook)
+
+
+def slow_writer(stream: Counting, steps: int) -> None:
+    """A checkpoint's files are written only when so many more batches have been asked for."""
+    from stages.trainer.checkpoint import Checkpoints
+
+    write = Checkpoints._write
+
+    def later(self, *args):
+        while stream.asked.acquire(blocking=False):
+            pass
+        for _ in range(steps):
+            stream.asked.acquire(timeout=5)
+        return write(self, *args)
+
+    Checkpoints._write = later
+
+
 def run(
     root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in: str = "", kind: str = "ce",
-    init: Path | None = None, **changes,
+    init: Path | None = None, file: int = 0, slow: int = 0, stop_at: int = -1, sizes: dict | None = None, **changes,
 ) -> None:  # fmt: skip
     """Train in `root`/scratch and publish to `root`/`out`, closing metrics included.
 
     kind: "ce", "pull" (to the reference `init`) or "regress" (a reward head).
     die_at: SIGKILL when the batch of this step is asked for. die_in: "save", before a checkpoint is committed;
     "removal", after it, while an older one is removed; "publish", while the weights are written.
+    sizes: fields of the model other than SIZES'.
+    stop_at: SIGTERM (one rank only) when the batch of this step is asked for.
+    file: SIGKILL at so many events of die_at_file. slow: steps that training goes on before a checkpoint is written.
     """
     import torch
 
@@ -79,9 +123,9 @@ def run(
 
     torch.set_num_threads(1)
 
-    def die(*_, **__) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
+    stream = Counting(die_at=die_at, stop_at=stop_at)
+    if slow:
+        slow_writer(stream, slow)
     if die_in == "save":
         checkpoint.json.dump = die
     elif die_in == "removal":
@@ -90,11 +134,13 @@ def run(
     elif die_in == "publish":
         Trainer.save_weights = die
     (root / "scratch").mkdir(parents=True, exist_ok=True)
+    if file:
+        die_at_file(root / "scratch/checkpoints", file)
     (root / out).mkdir(exist_ok=True)
     objective = {"ce": lambda b: ce.loss(b, ce.Config()), "pull": pull, "regress": regress}[kind]
     metrics = train(
-        config=config(**changes), stream=Counting(die_at=die_at), objective=objective, out=root / out, init=init,
-        ctx=Context(root / "scratch"), tokenizer=tokenizer, model=SIZES, reference=init if kind == "pull" else None,
+        config=config(**changes), stream=stream, objective=objective, out=root / out, init=init,
+        ctx=Context(root / "scratch"), tokenizer=tokenizer, model=replace(SIZES, **sizes or {}), reference=init if kind == "pull" else None,
         head="reward" if kind == "regress" else "lm",
     )  # fmt: skip
     (root / out / "metrics.json").write_text(json.dumps(metrics, sort_keys=True))

@@ -14,6 +14,7 @@ from flows.graph import Node
 from flows.launchers.local import Launcher
 from flows.step import ATTEMPTS, Cancelled, Maker
 from stages import stage as stages
+from stages.run import AGAIN
 from stages.stage import CuveeError
 from stages.store.local import LocalStore
 
@@ -64,6 +65,31 @@ def test_a_stage_is_made_once_and_then_found(maker, documents):
     assert not (maker.work / record["fingerprint"] / "scratch").exists()
     lines.clear()
     assert maker.make(node([documents]), 1, 0, lines.append) == record and not lines
+
+
+class Ending:
+    """A launcher whose first jobs end with `status`; the next one is real."""
+
+    def __init__(self, launcher, status, count):
+        self.launcher, self.status, self.left, self.starts = launcher, status, count, 0
+
+    def launch(self, spec, log, threads):
+        self.starts, self.left = self.starts + 1, self.left - 1
+        log.touch()
+        return self.launcher.launch(spec, log, threads) if self.left < 0 else self
+
+    def wait(self, on_line):
+        return self.status
+
+
+def test_a_stage_that_asks_to_be_started_again_is_not_one_that_keeps_dying(maker, documents, launcher):
+    maker.launcher = Ending(launcher, -signal.SIGKILL, ATTEMPTS)
+    with pytest.raises(CuveeError, match="ended with status -9"):
+        maker.make(node([documents]), 1, 0, lambda _: None)
+    assert maker.launcher.starts == ATTEMPTS
+    maker.launcher = Ending(launcher, AGAIN, ATTEMPTS + 2)
+    assert maker.make(node([documents]), 1, 0, lambda _: None)["files"]
+    assert maker.launcher.starts == ATTEMPTS + 3
 
 
 def test_content_not_place_decides_the_address(documents, tmp_path):

@@ -2,7 +2,7 @@
 
 `generate()` prefills every one of a prompt's n samples, concatenates its cache each step and waits for the longest
 sample; here the prompt's cache is shared out, lies in one preallocated buffer, and finished rows leave the batch.
-Masks are given per kind of layer (the model takes a dictionary), so that a step costs little besides the arithmetic.
+Masks are given per kind of layer, so that a step costs little besides the arithmetic.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from stages.model.inference import extend, take_rows
 from stages.stage import Context, CuveeError
 
 ROWS = {"cpu": 128, "cuda": 1024}  # sequences decoded together at most; more is no faster
@@ -42,7 +43,7 @@ class Engine:
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         else:
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
-        self.model.to(ctx.device).eval().requires_grad_(False)
+        extend(self.model).to(ctx.device).eval().requires_grad_(False)
         if state is not None:
             self.sync_weights(state)
 
@@ -99,6 +100,7 @@ class Engine:
         logits = self.model(ids, attention_mask=real, position_ids=position, past_key_values=cache, logits_to_keep=1)
         logits = logits.logits[:, -1].repeat_interleave(n, 0)
         cache.batch_repeat_interleave(n)
+        take_rows(self.model, torch.arange(len(prompts), device=device).repeat_interleave(n))
         visible = torch.ones(rows, 1, 1, width + new, dtype=torch.bool, device=device)
         visible[:, 0, 0, :width] = real.bool().repeat_interleave(n, 0)
         position = position[:, -1:].repeat_interleave(n, 0)
@@ -119,6 +121,7 @@ class Engine:
             if left <= 0.75 * len(live):  # copying the cache costs about as much as one step
                 keep = (~done).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
+                take_rows(self.model, keep)
                 live, visible, position, token = live[keep], visible[keep], position[keep], token[keep]
                 done = done[keep]
             position = position + 1
@@ -132,6 +135,8 @@ class Engine:
             "full_attention": visible[..., :end],
             "sliding_attention": visible[..., max(0, end - window) : end],
         }
+        if not getattr(self.model.config, "layer_types", None):  # such models take one mask
+            masks = masks["full_attention"]
         return self.model(token, attention_mask=masks, position_ids=position, past_key_values=cache).logits[:, -1]
 
     def _sample(self, logits, uniform, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,26 @@
+"""What a GPU process needs before Transformer Engine is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+
+def prepare() -> None:
+    """Give Transformer Engine the cuDNN that torch brought. To be called before its import.
+
+    It would load the system's cuDNN, whatever that is; 9.14 has no kernel for windows over packed documents.
+    """
+    there = all(importlib.util.find_spec(name) for name in ("transformer_engine", "nvidia"))
+    found = importlib.util.find_spec("nvidia.cudnn") if there else None
+    if found is None or "CUDNN_HOME" in os.environ or "transformer_engine" in sys.modules:
+        return
+    folder = Path(next(iter(found.submodule_search_locations)))
+    os.environ["CUDNN_HOME"] = str(folder)
+    import torch  # noqa: F401  loads what these libraries need
+
+    for library in sorted(folder.glob("lib/libcudnn*.so.*")):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,148 @@
+"""Fully sharded data parallel: torch's FSDP2, a layer at a time, with FP32 weights that are gathered in BF16.
+
+Megatron-core's own FSDP needs CUDA, checkpoints of another format and the distributed optimizer; its wrapper of FSDP2
+shards embedding and output layer apart, which tied ones cannot be. Here a rank's share of the FP32 weights is what
+AdamW updates and what checkpoints hold, so that it has the interface of optimizer.Optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from stages.model.config import ModelConfig
+from stages.model.model import Model
+from stages.model.mup import lr_multiplier
+from stages.trainer.config import TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def as_main_weights(model: Model) -> None:
+    """Make the parameters of a new model FP32, and have their gradients returned, not added to a buffer."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = False
+
+
+class Sharded(_BaseDataParallel):
+    """A model (FP32) whose layers are gathered when they run, in the place of Megatron-core's DistributedDataParallel.
+
+    Gradients are summed among the ranks in FP32 after each microbatch.
+    """
+
+    def __init__(self, model: Model, half: bool):
+        super().__init__(config=model.config, module=model)
+        self.ddp_config = DistributedDataParallelConfig()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+        for module in [*model.decoder.layers, model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            module.set_gradient_divide_factor(1.0)  # the loss is divided by its count, over all ranks
+            module.set_force_sum_reduction_for_comms(True)
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Nothing is left to do: the base class lacks the argument."""
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.to_local().mul_(factor)
+
+    def zero_grad_buffer(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+
+class ShardedAdam:
+    """AdamW of a Sharded model's parameters; what the methods do, see optimizer.Optimizer."""
+
+    kind = "fsdp"
+
+    def __init__(self, config: TrainConfig, sizes: ModelConfig, model: Model):
+        self.clip_grad, self._parameters = config.clip_grad, dict(model.named_parameters())
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self._parameters.items():
+            key = (lr_multiplier(sizes, name), config.weight_decay if parameter.dim() > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
+        self._adam = torch.optim.AdamW(
+            [{"params": p, "weight_decay": decay, "lr_mult": factor} for (factor, decay), p in groups.items()],
+            betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True,
+        )  # fmt: skip
+        for parameter in self._parameters.values():
+            self._adam.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            self._adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+    def zero(self) -> None:
+        self._adam.zero_grad()
+
+    def norm(self) -> float:
+        squares = [p.grad.to_local().float().pow(2).sum() for p in self._parameters.values() if p.grad is not None]
+        total = torch.stack(squares).sum()
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return float(total.sqrt())
+
+    def step(self, lr: float, norm: float) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        if self.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(list(self._parameters.values()), self.clip_grad, norm)
+        self._adam.step()
+
+    @staticmethod
+    def main(parameter: nn.Parameter) -> Tensor:
+        return parameter.full_tensor().detach().float()
+
+    def sharded_state(self, chunks: dict[str, Model], loading: bool) -> dict[str, Any]:
+        tensors: dict[str, Any] = {}
+        for name, parameter in self._parameters.items():
+            for kind, tensor in self._tensors(parameter).items():
+                if tensor.to_local().numel():  # fewer rows than ranks leave some without any
+                    tensors[f"fsdp.{kind}.{name}"] = _sharded(f"fsdp.{kind}.{name}", tensor)
+        step = next(iter(self._adam.state.values()))["step"]
+        return {"tensors": tensors, "step": float(step), "extra": _extra(chunks["model"])}
+
+    def load(self, chunks: dict[str, Model], state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                for kind, tensor in self._tensors(parameter).items():
+                    if tensor.to_local().numel():
+                        tensor.to_local().copy_(state["tensors"][f"fsdp.{kind}.{name}"])
+                self._adam.state[parameter]["step"].fill_(state["step"])
+        chunks["model"].load_state_dict(state["extra"], strict=False)
+
+    def _tensors(self, parameter: nn.Parameter) -> dict[str, DTensor]:
+        return {"param": parameter, **{name: self._adam.state[parameter][name] for name in MOMENTS}}
+
+
+def _sharded(key: str, tensor: DTensor) -> dist_checkpointing.ShardedTensor:
+    """This rank's rows of `tensor`, in a checkpoint that any number of ranks can read."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local().detach()
+    return dist_checkpointing.ShardedTensor(
+        key, local, local.dtype, tuple(shape), tuple(tensor.shape), tuple(offset), axis_fragmentations=None
+    )
+
+
+def _extra(model: Model) -> dict[str, Any]:
+    """What layers keep besides parameters: Transformer Engine's FP8 scales, the same on every rank."""
+    rank = dist.get_rank(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return {
+        name: dist_checkpointing.mapping.ShardedObject(f"fsdp.{name}", value, (1,), (0,), replica_id=rank)
+        for name, value in model.state_dict().items() if name.endswith("_extra_state") and value is not None
+    }  # fmt: skip

@@ -1,0 +1,176 @@
+"""Whether a model can be shared among devices as configured, and what it takes of their memory. Imports no torch.
+
+A layout is tensor x pipeline x context x data parallel; the first three are configured, data parallel is the rest of the
+processes. `check` refuses what cannot be built, before anything is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.model.config import ModelConfig
+from stages.stage import ConfigError
+from stages.trainer.config import TrainConfig
+
+GIB = 2**30
+RESERVED = 2 * GIB  # of a GPU: CUDA's context, NCCL's buffers, workspaces of kernels, fragmentation
+HEAD_BYTES = 5 * GIB  # most of the output layer on a GPU: a chunk of FP32 logits and the derivative that it keeps
+
+
+def check(
+    config: TrainConfig, sizes: ModelConfig, world: int, device: str = "cpu", where: str = "", longest: int = 0
+) -> None:
+    """Raises ConfigError where `world` processes on `device` ("cpu" or "cuda") cannot hold the model as configured.
+
+    `where` is put before the field's name. longest: tokens of the longest sequence, by default config's. Memory is not
+    looked at here, see `memory`.
+    """
+    at = f"{where}." if where else ""
+    _check_sizes(config, sizes, at, longest or config.sequence_length)
+    _check_features(config, device, at)
+    tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
+    shards = tensor * pipeline * context
+    if world % shards:
+        raise ConfigError(
+            f"{at}tensor_parallel {tensor} x pipeline_parallel {pipeline} x context_parallel {context} needs a multiple of "
+            f"{shards} processes, found {world}; start more of them or lower one of the three"
+        )
+
+
+def _check_sizes(config: TrainConfig, sizes: ModelConfig, at: str, longest: int) -> None:
+    def divides(field: str, parts: int, of: str, whole: int, why: str = "") -> None:
+        if whole % parts:
+            raise ConfigError(f"{at}{field}: {parts} does not divide the model's {of} {whole}{why}; choose a divisor")
+
+    for of in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        divides("tensor_parallel", config.tensor_parallel, of, getattr(sizes, of))
+    stages = config.pipeline_parallel * config.virtual_pipeline
+    field = "pipeline_parallel" if config.virtual_pipeline == 1 else "pipeline_parallel x virtual_pipeline"
+    divides(field, stages, "num_layers", sizes.num_layers)
+    if config.context_parallel > 1:
+        if longest % (2 * config.context_parallel):
+            raise ConfigError(
+                f"{at}context_parallel: {config.context_parallel} ranks take 2 pieces of a sequence each, but "
+                f"sequence_length {longest} is no multiple of {2 * config.context_parallel}; change one"
+            )
+        if any(not sizes.full_attention(i) for i in range(sizes.num_layers)):
+            # Windows need whole sequences a head: heads are exchanged for tokens, as tensor parallel shares them.
+            parts = config.tensor_parallel * config.context_parallel
+            why = ", and sliding windows share heads among context-parallel ranks"
+            divides("tensor_parallel x context_parallel", parts, "num_query_groups", sizes.num_query_groups, why)
+
+
+def _check_features(config: TrainConfig, device: str, at: str) -> None:
+    if config.sequence_parallel and config.tensor_parallel == 1:
+        raise ConfigError(f"{at}sequence_parallel: true, but tensor_parallel is 1; set it to false or share the matrices")
+    if config.virtual_pipeline > 1 and config.pipeline_parallel == 1:
+        raise ConfigError(f"{at}virtual_pipeline: {config.virtual_pipeline}, but pipeline_parallel is 1; set it to 1")
+    if config.fsdp:
+        for field in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(config, field) > 1:
+                raise ConfigError(
+                    f"{at}fsdp: true with {field} {getattr(config, field)}, which FSDP does not share weights with; set "
+                    f"{field} to 1, or fsdp to false and distributed_optimizer to true"
+                )
+        if config.distributed_optimizer:
+            raise ConfigError(f"{at}distributed_optimizer: fsdp shares the optimizer's state already; set it to false")
+    if device == "cpu":
+        for field, value in (("context_parallel", 1), ("recompute", "none")):
+            if getattr(config, field) != value:
+                raise ConfigError(f"{at}{field}: {getattr(config, field)} needs a GPU; set it to {value} on a CPU")
+        if (precision := config.precision_at(0)) != "fp32":
+            raise ConfigError(f"{at}precision: {precision} needs a GPU with Transformer Engine; set it to fp32 on a CPU")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device of a layout."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.reserved
+
+    def describe(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations", "head")
+        return ", ".join(f"{name} {getattr(self, name) / GIB:,.1f}" for name in parts) + " GiB"
+
+    def advice(self, config: TrainConfig, world: int) -> str:
+        """Which number to change first where this does not fit."""
+        if self.activations + self.head > self.total / 2:
+            if config.recompute != "full":
+                return "set recompute to full or lower micro_batch_tokens"
+            return "raise context_parallel, or lower micro_batch_tokens or sequence_length"
+        if world == 1:
+            return "choose a smaller model or a larger cluster"
+        if not config.distributed_optimizer and not config.fsdp:
+            return "set distributed_optimizer to true or raise tensor_parallel or pipeline_parallel"
+        return "raise tensor_parallel or pipeline_parallel, or take more devices"
+
+
+def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0, reference: bool = False) -> Memory:
+    """Memory on the fullest device (the first pipeline stage) of `world`; an estimate, meant to err on the safe side.
+
+    longest: tokens of the longest sequence, by default config's. reference: a frozen reference model stands beside.
+    Bytes a parameter: FP32 4 (weight) + 4 (gradient) + 8 (Adam); otherwise 2 + 4 + 12, as main weights are FP32, and 2
+    more for FP8's copies. The distributed optimizer shares the last, FSDP all of it, among the ranks with the same
+    weights; FSDP gathers two layers and the embedding.
+    """
+    half = config.precision_at(0) != "fp32"
+    fp8 = any(name.startswith("fp8") for name in (config.precision, *(n for n, _ in config.precision_phases)))
+    tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
+    replicas = max(1, world // (tensor * pipeline))  # of these weights, context-parallel ranks included
+    embedding = sizes.vocab_size * sizes.hidden_size / tensor
+    layer = (sizes.parameters() - sizes.vocab_size * sizes.hidden_size * (1 if sizes.tie_embeddings else 2))
+    layer /= sizes.num_layers * tensor
+    held = layer * sizes.num_layers / pipeline + embedding * (2 if pipeline == 1 and not sizes.tie_embeddings else 1)
+    weights, gradients, optimizer = (2 * held, 4 * held, 12 * held) if half else (4 * held, 4 * held, 8 * held)
+    if fp8:
+        weights += 2 * (held - embedding)
+    if config.fsdp:
+        gathered = (2 if half else 4) * (embedding + 2 * layer)
+        weights, gradients, optimizer = 4 * held / replicas + gathered, 4 * held / replicas, 8 * held / replicas
+    elif config.distributed_optimizer:
+        optimizer /= replicas
+    if reference:
+        weights += (2 if half else 4) * held
+    whole = max(config.micro_batch_tokens, longest or config.sequence_length)
+    activations = _activations(config, sizes, world, whole) * (2 if half else 4)
+    logits = whole / context * sizes.vocab_size / tensor * 4
+    head, reserved = (min(logits, HEAD_BYTES), RESERVED) if half else (logits, 0)
+    return Memory(weights, gradients, optimizer, activations, head, reserved)
+
+
+def _activations(config: TrainConfig, sizes: ModelConfig, world: int, tokens: int) -> float:
+    """Elements that the first pipeline stage keeps for backward passes, in microbatches of `tokens`.
+
+    It holds as many microbatches of its layers as there are stages, and with interleaved stages 1 + (p - 1) / (p v) times
+    the model's layers (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.3), but not more than a step has.
+    """
+    pipeline, virtual = config.pipeline_parallel, config.virtual_pipeline
+    held = pipeline if virtual == 1 else pipeline + (pipeline - 1) / virtual  # microbatches of its own layers
+    if batch := getattr(config, "batch_tokens", 0):
+        held = min(held, max(1, batch * config.tensor_parallel * pipeline * config.context_parallel / world / tokens))
+    layers = held * sizes.num_layers / pipeline
+    each = _layer(config, sizes)
+    boundary = sizes.hidden_size / (config.tensor_parallel if config.sequence_parallel else 1)
+    kept = layers * boundary + each if config.recompute == "full" else layers * each
+    return tokens / config.context_parallel * kept
+
+
+def _layer(config: TrainConfig, sizes: ModelConfig) -> float:
+    """Activations that one layer keeps for its backward pass, elements a token: its inputs and norms (shared among
+    tensor-parallel ranks only with sequence parallel), Q, K, V and their rotated copies, attention's output, the MLP's
+    gate and up products and what SwiGLU makes of them. Attention keeps no scores (flash attention)."""
+    queries, keys = sizes.num_attention_heads * sizes.head_dim, sizes.num_query_groups * sizes.head_dim
+    norms = 2 if sizes.traits.parallel_block else 4
+    outside = norms * sizes.hidden_size / (config.tensor_parallel if config.sequence_parallel else 1)
+    rotated = queries + keys if config.recompute != "selective" else 0
+    inside = (queries + 2 * keys) + rotated + queries + 3 * sizes.ffn_hidden_size
+    return outside + inside / config.tensor_parallel

@@ -1,0 +1,162 @@
+"""AdamW on Megatron-core: parameter groups, FP32 main weights, its state in checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from stages.model.config import ModelConfig
+from stages.model.mup import lr_multiplier
+from stages.trainer.config import TrainConfig
+
+# The only form of the distributed optimizer's state that does not depend on any parallel size.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Optimizer:
+    """AdamW of the model's chunks, wrapped for data parallel, with gradients accumulated in FP32.
+
+    Weight decay excludes what has one dimension (norms, biases); the learning rate of each parameter is multiplied by
+    muP's factor (stages/model/mup.py). exact: the FP32 values of parameters of lower precision, of which the FP32 main
+    weights are made.
+    """
+
+    def __init__(
+        self, config: TrainConfig, sizes: ModelConfig, chunks: list[nn.Module], exact: dict[nn.Parameter, Tensor]
+    ):
+        half = config.precision_at(0) != "fp32"
+        settings = OptimizerConfig(
+            optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
+            adam_beta1=config.beta1, adam_beta2=config.beta2, adam_eps=config.epsilon, clip_grad=config.clip_grad,
+            bf16=half, params_dtype=torch.bfloat16 if half else torch.float32,
+            use_distributed_optimizer=config.distributed_optimizer,
+        )  # fmt: skip
+        self.clip_grad = config.clip_grad
+        self.inner = get_megatron_optimizer(settings, chunks, _overrides(sizes, chunks))
+        # One: a second one is only made for experts.
+        self._part = self.inner.chained_optimizers[0]
+        self._adam = self._part.optimizer  # None where a rank has no parameters
+        for group in self.inner.param_groups:
+            # Megatron-core leaves these products to its own scheduler.
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+            if self._torch:
+                group["fused"] = True
+        self._set_main(exact)
+        self._create_state()
+        if isinstance(self._part, DistributedOptimizer):
+            self._part._set_main_param_and_optimizer_states = self._set_with_step(self._part)
+
+    @property
+    def kind(self) -> str:
+        """Checkpoints of one kind cannot be read by another."""
+        return "distributed" if isinstance(self._part, DistributedOptimizer) else "plain"
+
+    @property
+    def _torch(self) -> bool:
+        return isinstance(self._adam, torch.optim.AdamW)
+
+    def zero(self) -> None:
+        self.inner.zero_grad()
+
+    def norm(self) -> float:
+        """The norm of the reduced gradients of the whole model, which are made ready for `step`."""
+        self.inner.prepare_grads()
+        return float(self.inner.get_grad_norm())
+
+    def step(self, lr: float, norm: float) -> None:
+        """Update the weights with gradients whose global norm is `norm`, clipped."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        if self.clip_grad > 0 and (parameters := self._part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, self.clip_grad, norm)
+        self.inner.step_with_ready_grads()
+
+    def main(self, parameter: nn.Parameter) -> Tensor:
+        """FP32 value of this rank's `parameter`; a collective of its data-parallel ranks."""
+        if parameter.dtype == torch.float32 or not isinstance(self._part, DistributedOptimizer):
+            return getattr(parameter, "main_param", parameter).detach().float()
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        if parameter in self._part.model_param_gbuf_map:
+            whole.view(-1)[self._range(parameter)] = parameter.main_param
+        dist.all_reduce(whole, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return whole
+
+    def _range(self, parameter: nn.Parameter) -> slice:
+        """The flat part of `parameter` that this rank of the distributed optimizer has."""
+        held = self._part._get_model_param_range_map(parameter)["param"]
+        return slice(held.start, held.end)
+
+    def _set_main(self, exact: dict[nn.Parameter, Tensor]) -> None:
+        """Main weights start as the exact values: Megatron-core copies what BF16 has rounded."""
+        for parameter, value in exact.items():
+            main = getattr(parameter, "main_param", None)
+            if main is not None:
+                sharded = getattr(parameter, "main_param_sharded", False)
+                flat = value.reshape(-1)[self._range(parameter)] if sharded else value.reshape(-1)
+                main.detach().view(-1).copy_(flat)
+
+    def _create_state(self) -> None:
+        """Create what Adam would create at its first step: saving and loading need it before. torch's keeps a step for
+        each parameter, and after a load they must not be one tensor, which every parameter's update would raise."""
+        if self._adam is None:
+            return
+        for group in self._adam.param_groups:
+            for p in group["params"]:
+                state = self._adam.state[p]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(p))
+                if self._torch:
+                    state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)).clone()
+
+    @staticmethod
+    def _set_with_step(part: DistributedOptimizer) -> Any:
+        """Megatron-core's own method copies every state that Adam has from the checkpoint, but torch's `step`, which is
+        no part of its tensors there, has been restored before."""
+        original = part._set_main_param_and_optimizer_states
+
+        def restore(parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+            group, order = part.model_param_group_index_map[parameter]
+            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+            steps = {"step": state["step"]} if "step" in state else {}
+            original(parameter, tensors | steps)
+
+        return restore
+
+    def sharded_state(self, chunks: dict[str, nn.Module], loading: bool) -> dict[str, Any]:
+        """Sharded state dict of the model's chunks by name (those that Megatron-core knows) and of this optimizer."""
+        model = {name: chunk.sharded_state_dict() for name, chunk in chunks.items()}
+        with torch.no_grad():
+            optimizer = self.inner.sharded_state_dict(model, is_loading=loading, metadata=SHARDING)
+        return {**model, "optimizer": optimizer}
+
+    def load(self, chunks: dict[str, nn.Module], state: dict[str, Any]) -> None:
+        """Take over a state dict of the form of `sharded_state`."""
+        for name, chunk in chunks.items():
+            chunk.load_state_dict(state[name])
+        with torch.no_grad():
+            self.inner.load_state_dict(state["optimizer"])
+            self._create_state()
+
+
+def _overrides(sizes: ModelConfig, chunks: list[nn.Module]) -> dict[ParamKey, ParamGroupOverride]:
+    """Weight decay for matrices only, and one group for each muP multiplier."""
+    flat = ParamWithNamePredicate("flat", lambda parameter, name: len(parameter.shape) == 1)
+    found = {ParamKey(with_name_predicate=flat): {"wd_mult": 0.0}}
+    names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
+    for factor in sorted({lr_multiplier(sizes, name) for name in names} - {1.0}):
+        scaled = ParamWithNamePredicate(f"lr x {factor}", lambda _, name, f=factor: lr_multiplier(sizes, name) == f)
+        found[ParamKey(with_name_predicate=scaled)] = {"lr_mult": factor}
+    return found

@@ -1,0 +1,58 @@
+"""Reinforcement learning in two data-parallel processes: one samples for both, and all is as with a single one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from stages.stage import Context, Kind, load, parse
+from tests.resume.test_trainer_parallel import FORKS, losses, port
+from tests.unit.tiny import artifact, checkpoint, jsonl
+
+VALUES = {
+    "sequence_length": 128, "steps": 3, "batch_groups": 6, "completions": 3, "max_new_tokens": 6, "lr": 1e-3,
+    "rollout_every": 2, "with_answer": True, "schedule": "constant", "log_every": 1, "options": {"beta": 0.05},
+}  # fmt: skip
+
+
+def rank_main(rank: int, world: int, port: int, root: Path, start: Path, prompts: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    stage = load("train.rl")
+    inputs = {"init": artifact(start, Kind.CHECKPOINT), "prompts": {"math": artifact(prompts, Kind.PROMPTS)}}
+    metrics = stage.run(parse(stage.Config, VALUES, "rl"), inputs, root / "out", Context(root / "scratch"))
+    (root / "out/metrics.json").write_text(json.dumps(metrics))
+
+
+def launch(world: int, root: Path, *paths: Path) -> Path:
+    for name in ("out", "scratch"):
+        (root / name).mkdir(parents=True)
+    free = port()
+    ranks = [FORKS.Process(target=rank_main, args=(r, world, free, root, *paths)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0] * world
+    return root
+
+
+def test_two_processes_equal_one(tmp_path):
+    start = tmp_path / "start"
+    checkpoint(start)
+    rows = [{"id": f"n{i}", "domain": "math", "messages": [{"role": "user", "content": f"Pick {i}"}],
+             "answer": str(i % 10), "check": {"number": 7}} for i in range(24)]  # fmt: skip
+    jsonl(tmp_path / "prompts/train.jsonl", rows)
+    jsonl(tmp_path / "prompts/heldout.jsonl", rows[:4])
+    one, two = (launch(n, tmp_path / str(n), start, tmp_path / "prompts") for n in (1, 2))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5) and len(losses(one)) == 3
+    sampled = [[json.loads(line) for line in (r / "out/rollouts.jsonl").read_text().splitlines()] for r in (one, two)]
+    assert [row["tokens"] for row in sampled[0]] == [row["tokens"] for row in sampled[1]]
+    found, expected = (json.loads((r / "out/metrics.json").read_text()) for r in (two, one))
+    assert found["reward_last"] == pytest.approx(expected["reward_last"])
