@@ -7,12 +7,13 @@ VENV ?=
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+TESTS := .venv/.installed-tests
 
 .PHONY: run test
 run: $(STAMP)
 	$(BIN)/cuvee run $(ARGS)
 
-test: $(STAMP)
+test: $(TESTS)
 	$(BIN)/python -m pytest $(ARGS)
 
 # torch goes first, by its exact version: any other request makes pip fetch gigabytes of CUDA packages.
@@ -22,5 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(STAMP); test -x $(BIN)/python || rm -rf .venv
 	@test -d .venv || $(PYTHON) -m venv $(VENV) .venv || { echo "cuvee: could not create .venv with $(PYTHON); is its venv module installed?"; exit 1; }
 	@test -z "$(TORCH)" || $(BIN)/python -m pip install -q $(TORCH) || { echo "cuvee: could not install $(TORCH); see pip's message above"; exit 1; }
+	@$(BIN)/python -m pip install -q -c constraints.txt -e . || { echo "cuvee: the installation failed; see pip's message above"; exit 1; }
+	@touch $@
+
+$(TESTS): $(STAMP)
+	@echo "cuvee: installing what the tests need"
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]" || { echo "cuvee: the installation failed; see pip's message above"; exit 1; }
 	@touch $@

@@ -7,7 +7,7 @@ from typing import Any
 
 from flows.graph import Graph, Node
 from flows.lineage import changes
-from stages.stage import ConfigError
+from stages.stage import ConfigError, resolve
 from stages.trainer import layout
 
 
@@ -68,7 +68,8 @@ def check_layout(node: Node, cluster: Any) -> float:
         return memory
     for config, length in phases(node.config):
         layout.check(config, model, cluster.devices, cluster.device, where, length)
-        reference = getattr(node.config, "objective", "ce") != "ce"
+        layout.check_batch(config, cluster.devices, length, where)
+        reference = resolve("objectives", getattr(node.config, "objective", "ce")).NEEDS_REFERENCE
         found = layout.memory(config, model, cluster.devices, length, reference)
         if found.total > cluster.memory_gib * layout.GIB:
             raise ConfigError(f"{where}: sequences of {length} take {found.total / layout.GIB:,.1f} GiB of a device "

@@ -18,17 +18,20 @@ import sys
 import traceback
 import warnings
 
-from stages.model import cuda
 from stages.run import main, passive_threads
 
-PRELOAD = ("torch", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
-           "transformers.models.cohere2.modeling_cohere2", "pyarrow.parquet", "tokenizers")
+# On a GPU without what starts CUDA when it is imported (Transformer Engine does): a fork could not use it any more.
+PRELOAD = {
+    "cpu": ("torch", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
+            "transformers.models.cohere2.modeling_cohere2", "pyarrow.parquet", "tokenizers"),
+    "cuda": ("torch", "pyarrow.parquet", "tokenizers"),
+}  # fmt: skip
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def serve() -> None:
-    """Serve jobs until standard input ends. Single-threaded: forking is only safe without threads."""
+def serve(device: str) -> None:
+    """Serve jobs on `device` until standard input ends. Single-threaded: forking is only safe without threads."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not mix with the answers
     libc = ctypes.CDLL(None)
@@ -36,9 +39,12 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: _end())
     passive_threads()
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not start CUDA either
     with warnings.catch_warnings(action="ignore"):  # Megatron-core advises to install Apex; a CPU has no use for it
-        cuda.prepare()
-        for name in PRELOAD:
+        for name in PRELOAD[device]:
             importlib.import_module(name)
     gc.freeze()
     wake, alarm = os.pipe()
@@ -135,4 +141,4 @@ def _end() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1] if len(sys.argv) > 1 else "cpu")

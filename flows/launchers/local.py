@@ -54,6 +54,7 @@ class Launcher:
                 f"cluster.devices: {cluster.devices}, but launcher local starts one process a stage; set "
                 "cluster.launcher to torchrun"
             )
+        self._device = "cpu" if cluster is None else cluster.device
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
         self._worker: subprocess.Popen | None = None
@@ -62,7 +63,7 @@ class Launcher:
         """Start importing now, so that the first stage need not wait for it."""
         with self._lock:
             if self._worker is None or self._worker.poll() is not None:
-                self._worker = subprocess.Popen([sys.executable, "-m", "stages.worker"], stdin=subprocess.PIPE,
+                self._worker = subprocess.Popen([sys.executable, "-m", "stages.worker", self._device], stdin=subprocess.PIPE,
                                                 stdout=subprocess.PIPE, text=True, bufsize=1)
                 threading.Thread(target=self._listen, args=(self._worker,), daemon=True).start()
 

@@ -41,7 +41,7 @@ class Job(local.Job):
         with open(log, "a") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "flows.launchers.torchrun", str(spec)], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True, env=environment, preexec_fn=_end_with_parent,
+                stderr=subprocess.STDOUT, start_new_session=True, env=environment,
             )  # fmt: skip
         self.pid = self._process.pid
         self.started.set()
@@ -57,10 +57,6 @@ class Job(local.Job):
     def cancel(self) -> None:
         if not self.ended.is_set():
             end_tree(self.pid, CANCEL_SECONDS)
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Launcher(local.Launcher):
@@ -85,6 +81,7 @@ def main(spec: str) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.launcher.api import ChildFailedError, LaunchConfig, elastic_launch
 
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # kill -9 of the run must not leave a stage that goes on
     wanted = json.loads(Path(spec).read_text())
     Path(wanted["result"]).unlink(missing_ok=True)  # an earlier attempt's
     config = LaunchConfig(

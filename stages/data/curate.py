@@ -1,29 +1,36 @@
 """Raw text to a corpus: read the sources, run the blocks one after the other, write what stays and what went.
 
-A block is a file of stages/data/blocks. It defines `clean(document, config) -> str`, which sees one document at a
-time, or `select(documents, config) -> list[str]`, which compares them; either returns why a document goes, or "".
+A block is a file of stages/data/blocks. Documents go through it in batches; it gives a reason to remove each, or "":
+
+    clean(document, config) -> str              sees one document, which it may change
+    filter(documents, config) -> list[str]      the same for a batch, where that is faster
+
+or, if it must see everything:
+
+    keys(documents, config) -> rows             structured array: `document`, its place in the batch, and what is compared
+    join(keys, config, state)                   all rows of the corpus to arrays of `state`, see stages/data/join.py;
+                                                "removed", bool [documents], hides documents from the joins that follow
+    apply(documents, places, config, state) -> list[str]    the verdicts, by places in the corpus
+
 Its own options are its `Config`, here under `options.<block>`; a `check(config)` may refuse them.
 """
 
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.data.document import Document
+from stages.data import engine
+from stages.data.engine import Plan
+from stages.data.shard import EXAMPLES
 from stages.data.source import Source, find
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, names, option, placement, resolve
 
-VERSION = "1"
+VERSION = "2"
 INPUTS: dict[str, Input] = {}
 OUTPUT = Kind.CORPUS
 BLOCKS = ["encoding", "html", "language", "quality", "exact", "minhash", "split", "decontaminate"]
-COLUMNS = ["id", "text", "domain", "language", "source"]
-SHARD = 256 << 20  # bytes of text in one Parquet file
-EXAMPLES = 3  # removed documents shown in the table, a block
-Removed = list[tuple[Document, str, str]]  # with block and reason
 
 _CONFIGS = {name: getattr(resolve("data/blocks", name), "Config", None) for name in names("data/blocks")}
 BlockOptions = dataclasses.make_dataclass(
@@ -35,11 +42,14 @@ BlockOptions = dataclasses.make_dataclass(
 @dataclasses.dataclass
 class Config:
     sources: list[str] = placement(["stdlib", "cldr"], "files, folders, s3:// prefixes, stdlib, cldr; the first wins")
+    existing: list[str] = placement([], "corpora made before; exact, minhash and url don't take again what they hold")
     benchmarks: list[str] = placement([], "sources that training documents must not overlap with")
     source_bytes: int = option(0, "largest amount taken of a source, in bytes; 0 = all")
     source_documents: int = option(0, "largest number of documents taken of a source; 0 = all")
     seed: int = option(0, "decides which files of a limited source are taken")
     blocks: list[str] = option(BLOCKS, "what the documents go through, in this order", choices="data/blocks")
+    executor: str = placement("local", "where shards run: a file of stages/data/executors (local, ray)")
+    workers: int = placement(0, "processes; 0 = as many as the stage has threads")
     options: BlockOptions = option(BlockOptions, "options of the blocks")
 
 
@@ -64,134 +74,98 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 
 def external(config: Config) -> dict[str, Any]:
     """The identity of the content of all sources and benchmarks: labels, and digests over file names and bytes."""
-    return {
+    found = {
         field: [source.identity() for source in _sources(getattr(config, field), config)]
         for field in ("sources", "benchmarks")
     }
+    if config.existing:
+        found["existing"] = [source.identity() for source in _existing(config)]
+    for name in config.blocks:
+        if hasattr(module := resolve("data/blocks", name), "external"):
+            found[name] = module.external(getattr(config.options, name))
+    return found
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) -> dict[str, float]:
     """Writes train-, heldout-, removed-*.parquet and table.json. Raises CuveeError when nothing is left to train on."""
-    documents = _read(config.sources, config) + _read(config.benchmarks, config, split="benchmark")
-    removed: Removed = []
-    steps = []
-    blocks: list[tuple[str, Callable[[list[Document]], list[str]]]] = [("read", lambda found: [d.fault for d in found])]
-    blocks += [(name, _block(name, config)) for name in config.blocks]
-    for name, apply in blocks:
-        kept = []
-        for document, reason in zip(documents, apply(documents), strict=True):
-            if not reason or document.split == "benchmark":
-                kept.append(document)
-            else:
-                removed.append((document, name, reason))
-        gone = len(documents) - len(kept)
-        documents = kept
-        size = sum(_size(document) for document in kept if document.split != "benchmark")
-        steps.append({"block": name, "removed": gone, "kept": len(kept), "bytes": size})
-        ctx.log(f"{name}: {gone} of {gone + len(kept)} documents removed, {size / 1e6:.2f} MB left")
-    kept = [document for document in documents if document.split != "benchmark"]
-    if not any(document.split == "train" for document in kept):
-        raise _nothing_left(kept, removed)
-    if config.options.split.heldout and not any(document.split == "heldout" for document in kept):
-        raise CuveeError(f"{len(kept)} documents are left and none could be held out; give at least two "
+    shards = [shard for source in _existing(config) for shard in source.shards("existing")]
+    shards += [shard for source in _sources(config.sources, config) for shard in source.shards("")]
+    shards += [shard for source in _sources(config.benchmarks, config) for shard in source.shards("benchmark")]
+    plan = Plan({name: getattr(config.options, name, None) for name in config.blocks}, shards, ctx.scratch / "curate")
+    start = resolve("data/executors", config.executor).start
+    table = _table(config.blocks, engine.curate(plan, start, config.workers or ctx.threads, ctx.log))
+    for step in table["blocks"]:
+        removed, kept = step["removed"], step["kept"]
+        ctx.log(f"{step['block']}: {removed} of {removed + kept} documents removed, {step['bytes'] / 1e6:.2f} MB left")
+    total = {"train": [0, 0], "heldout": [0, 0]}
+    for row in table["rows"]:
+        if found := total.get(row["outcome"]):
+            found[:] = found[0] + row["documents"], found[1] + row["bytes"]
+    if not total["train"][0]:
+        raise _nothing_left(total["heldout"][0], table["rows"])
+    if config.options.split.heldout and not total["heldout"][0]:
+        raise CuveeError(f"{total['train'][0]} documents are left and none could be held out; give at least two "
                          "files (or records) to data.sources, or set data.options.split.heldout=0")
-    return _write(kept, removed, steps, out)
-
-
-def _block(name: str, config: Config) -> Callable[[list[Document]], list[str]]:
-    module, options = resolve("data/blocks", name), getattr(config.options, name, None)
-    if hasattr(module, "select"):
-        return lambda documents: module.select(documents, options)
-    return lambda documents: [module.clean(document, options) for document in documents]
+    engine.publish(plan, out)
+    (out / "table.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    metrics: dict[str, float] = {"documents_removed": sum(step["removed"] for step in table["blocks"])}
+    for split, (documents, volume) in total.items():
+        metrics |= {f"documents_{split}": documents, f"bytes_{split}": volume}
+    return metrics
 
 
 def _sources(chosen: list[str], config: Config) -> list[Source]:
     return find(chosen, config.seed, config.source_bytes, config.source_documents)
 
 
-def _read(chosen: list[str], config: Config, split: str = "") -> list[Document]:
-    documents = []
-    for source in _sources(chosen, config):
-        for document in source.documents():
-            document.split = split
-            documents.append(document)
-    return documents
+def _existing(config: Config) -> list[Source]:
+    """The training splits of corpora made before."""
+    found = find(config.existing, 0, 0, 0)
+    for source, name in zip(found, config.existing, strict=True):
+        source.entries = [entry for entry in source.entries if entry.name.startswith("train-") and entry.kind == ".parquet"]
+        if not source.entries:
+            raise ConfigError(f"existing: {name!r} holds no train-*.parquet; name the folder of a corpus")
+    return found
 
 
-def _size(document: Document) -> int:
-    return len(document.text.encode())
+def _table(blocks: list[str], counted: list[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of all shards and passes as one: blocks in order, rows by source and outcome, examples removed."""
+    steps = {name: {"block": name, "removed": 0, "kept": 0, "bytes": 0} for name in ["read", *blocks]}
+    rows: dict[tuple, list[int]] = {}
+    examples: dict[str, list[dict]] = {}
+    for one in counted:
+        for name, values in one["steps"].items():
+            for field, value in zip(("removed", "kept", "bytes"), values, strict=True):
+                steps[name][field] += value
+        for *key, documents, volume in one["rows"]:
+            total = rows.setdefault(tuple(key), [0, 0])
+            rows[tuple(key)] = [total[0] + documents, total[1] + volume]
+        for name, found in one["examples"].items():
+            examples[name] = (examples.get(name, []) + found)[:EXAMPLES]
+    names = ("source", "domain", "language", "outcome", "rule", "documents", "bytes")
+    return {
+        "blocks": list(steps.values()),
+        "rows": [dict(zip(names, (*key, *value), strict=True)) for key, value in sorted(rows.items())],
+        "removed_examples": {name: examples[name] for name in steps if name in examples},
+    }
 
 
-def _nothing_left(kept: list[Document], removed: Removed) -> CuveeError:
+def _nothing_left(heldout: int, rows: list[dict[str, Any]]) -> CuveeError:
+    removed = Counter()
+    for row in rows:
+        if row["outcome"] not in ("train", "heldout"):
+            removed[row["outcome"], row["rule"]] += row["documents"]
     if not removed:
-        return CuveeError(f"all {len(kept)} documents were held out and none is left to train on; "
+        return CuveeError(f"all {heldout} documents were held out and none is left to train on; "
                           "lower data.options.split.heldout or add documents to data.sources")
-    worst, count = Counter(block for _, block, _ in removed).most_common(1)[0]
-    reason = Counter(_rule(reason) for _, block, reason in removed if block == worst).most_common(1)[0][0]
+    by_block = Counter()
+    for (block, _), count in removed.items():
+        by_block[block] += count
+    worst, count = by_block.most_common(1)[0]
+    reason = max((n, reason) for (block, reason), n in removed.items() if block == worst)[1]
     mend = "give text, code, HTML, Parquet, or JSON lines with a field 'text'"
     if worst != "read":
         mend = (f"add documents to data.sources, loosen data.options.{worst}, or leave it out of "
                 "data.blocks")
     return CuveeError(f"no document is left to train on; block {worst!r} removed {count} of "
-                      f"{len(kept) + len(removed)}, most for {reason!r}; {mend}")
-
-
-def _rule(reason: str) -> str:
-    """The part of a reason that many documents share."""
-    return reason.partition(":")[0]
-
-
-def _write(kept: list[Document], removed: Removed, steps: list[dict], out: Path) -> dict[str, float]:
-    rows: dict[tuple, list[int]] = {}
-    examples: dict[str, list[dict]] = {}
-    for split in ("train", "heldout"):
-        _parquet([_row(document) for document in kept if document.split == split], split, out)
-    for document in kept:
-        _count(rows, document, document.split, "")
-    for document, block, reason in removed:
-        _count(rows, document, block, _rule(reason))
-        if len(found := examples.setdefault(block, [])) < EXAMPLES:
-            found.append({"id": document.id, "reason": reason, "text": document.text[:200]})
-    _parquet([_row(document) | {"block": block, "reason": why} for document, block, why in removed], "removed", out)
-    counted = ("source", "domain", "language", "outcome", "rule", "documents", "bytes")
-    table = {
-        "blocks": steps,
-        "rows": [dict(zip(counted, (*key, *value), strict=True)) for key, value in sorted(rows.items())],
-        "removed_examples": examples,
-    }
-    (out / "table.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    metrics: dict[str, float] = {"documents_removed": len(removed)}
-    for split in ("train", "heldout"):
-        part = [document for document in kept if document.split == split]
-        metrics |= {f"documents_{split}": len(part), f"bytes_{split}": sum(map(_size, part))}
-    return metrics
-
-
-def _count(rows: dict[tuple, list[int]], document: Document, outcome: str, rule: str) -> None:
-    total = rows.setdefault((document.source, document.domain, document.language, outcome, rule), [0, 0])
-    total[0] += 1
-    total[1] += _size(document)
-
-
-def _row(document: Document) -> dict[str, str]:
-    return {name: getattr(document, name) for name in COLUMNS}
-
-
-def _parquet(rows: list[dict[str, str]], name: str, out: Path) -> None:
-    """`<name>-00000.parquet` and so on; the first file is there even without rows."""
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = [*COLUMNS, "block", "reason"] if name == "removed" else COLUMNS
-    schema = pyarrow.schema([(column, pyarrow.string()) for column in columns])
-    shards: list[list[dict[str, str]]] = [[]]
-    size = 0
-    for row in rows:
-        size += len(row["text"])
-        if size > SHARD and shards[-1]:
-            shards.append([])
-            size = len(row["text"])
-        shards[-1].append(row)
-    for i, shard in enumerate(shards):
-        table = pyarrow.Table.from_pylist(shard, schema)
-        pyarrow.parquet.write_table(table, out / f"{name}-{i:05d}.parquet", compression="zstd")
+                      f"{heldout + removed.total()}, most for {reason!r}; {mend}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
 class Document:
-    """One text and what is known of it. Blocks may change `text`, `language`, `markup` and `split`.
+    """One text and what is known of it. Blocks may change `text`, `language`, `markup`, `split` and `repeat`.
 
     id: `<source>/<file>[#record]`, unique in a corpus. domain: "code", "prose", "names" or a source's own word.
     language: ISO 639-1, "" if unknown. group: documents of one group (cut from the same file) land in the same
     split; "" for a document alone. markup: "html" until the text is extracted. split: "train", "heldout", or
-    "benchmark" for a text that is only there to be kept out of the training split. fault: why it could not be
-    read; such a document goes straight to the removed ones.
+    "benchmark" for a text that is only there to be kept out of the training split, "existing" for one that an earlier
+    corpus holds. url: where it was found, or the
+    identifier it came with. fault: why it could not be read; such a document goes straight to the removed ones.
+    repeat: how many times it goes into the training split.
     """
 
     id: str
@@ -24,4 +26,14 @@ class Document:
     group: str = ""
     markup: str = ""
     split: str = ""
+    url: str = ""
     fault: str = ""
+    repeat: int = 1
+
+
+FIELDS = [field.name for field in fields(Document)]
+
+
+def size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())

@@ -7,6 +7,7 @@ Cuvee writes one sequence a document. The bytes equal those of `megatron.core.da
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,23 +51,56 @@ class IndexedTokens:
         return self.tokens[start : start + self.lengths[i]]
 
 
-def write(prefix: str | Path, documents: Iterable[np.ndarray | list[int]], vocab_size: int) -> tuple[int, int]:
-    """Write `<prefix>.bin` and `.idx`, a sequence a document; the counts (documents, tokens).
+class Writer:
+    """Writes `<prefix>.bin` document by document and, with `close`, `.idx`; a sequence a document.
 
     The dtype is Megatron's choice: uint16 below 65,500 tokens of vocabulary, otherwise int32.
     """
-    dtype = np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
-    lengths: list[int] = []
+
+    def __init__(self, prefix: str | Path, vocab_size: int):
+        self.prefix, self.dtype = prefix, np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+        self.lengths: list[int] = []
+        self.file = open(f"{prefix}.bin", "wb")
+
+    def add(self, document: np.ndarray | list[int]) -> None:
+        array = np.asarray(document, self.dtype)
+        self.file.write(array.tobytes())
+        self.lengths.append(len(array))
+
+    def close(self) -> tuple[int, int]:
+        """The counts (documents, tokens)."""
+        self.file.close()
+        _index(self.prefix, np.array(self.lengths, np.int32), self.dtype)
+        return len(self.lengths), sum(self.lengths)
+
+
+def write(prefix: str | Path, documents: Iterable[np.ndarray | list[int]], vocab_size: int) -> tuple[int, int]:
+    """Write all documents; the counts (documents, tokens)."""
+    writer = Writer(prefix, vocab_size)
+    for document in documents:
+        writer.add(document)
+    return writer.close()
+
+
+def merge(prefix: str | Path, parts: Iterable[str | Path]) -> tuple[int, int]:
+    """Write the documents of several files, in their order, as one; the counts (documents, tokens)."""
+    lengths = []
     with open(f"{prefix}.bin", "wb") as file:
-        for document in documents:
-            array = np.asarray(document, dtype)
-            file.write(array.tobytes())
-            lengths.append(len(array))
+        for part in parts:
+            found = IndexedTokens(part)
+            lengths.append(found.lengths)
+            with open(f"{part}.bin", "rb") as piece:
+                shutil.copyfileobj(piece, file, 1 << 20)
+    joined = np.concatenate(lengths)
+    _index(prefix, joined, found.tokens.dtype)
+    return len(joined), int(joined.sum(dtype=np.int64))
+
+
+def _index(prefix: str | Path, lengths: np.ndarray, dtype: np.dtype) -> None:
     count = len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:count] * dtype.itemsize
     code = next(code for code, kind in CODES.items() if kind == dtype)
     with open(f"{prefix}.idx", "wb") as file:
         file.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
-        file.write(np.asarray(lengths, np.int32).tobytes() + offsets.astype(np.int64).tobytes())
+        file.write(lengths.astype(np.int32).tobytes() + offsets.astype(np.int64).tobytes())
         file.write(np.arange(count + 1, dtype=np.int64).tobytes())
-    return count, sum(lengths)

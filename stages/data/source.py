@@ -7,15 +7,18 @@ digests) and `documents(entries) -> Iterator[Document]`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from stages.data.document import Document
+from stages.data.document import Document, size
 from stages.data.sources._files import Entry, unreadable
+from stages.data.sources._git import is_repository
 from stages.stage import ConfigError, CuveeError, names, resolve, unknown
+
+SHARD = 64 << 20  # bytes of files: also the most that is done twice after a crash
 
 
 @dataclass
@@ -36,20 +39,65 @@ class Source:
         taken = sum(entry.take for entry in self.entries)
         return {"label": self.label, "files": len(self.entries), "bytes": taken, "sha256": found.hexdigest()}
 
+    def shards(self, split: str) -> list[Shard]:
+        """What workers read one by one: files up to SHARD bytes, or a part of a larger one; in order.
+
+        A limit counts over the whole source, and a built-in source is small: either is one shard.
+        """
+        name = self.module.__name__
+        if self.max_bytes or self.max_documents or not name.endswith(("._files", "._s3", "._git")):
+            return [Shard(self.label, name, self.entries, split, self.max_bytes, self.max_documents)]
+        groups: list[list[Entry]] = [[]]
+        room = SHARD
+        for piece in (piece for entry in self.entries for piece in _pieces(entry)):
+            length = (piece.stop or piece.size) - piece.start
+            if groups[-1] and length > room:
+                groups.append([])
+                room = SHARD
+            groups[-1].append(piece)
+            room -= length
+        return [Shard(self.label, name, group, split) for group in groups if group]
+
+
+@dataclass
+class Shard:
+    """A part of a source: picklable, so that any process can read it. `split` is "", "benchmark" or "existing"."""
+
+    label: str
+    module: str
+    entries: list[Entry]
+    split: str = ""
+    max_bytes: int = 0
+    max_documents: int = 0
+
     def documents(self) -> Iterator[Document]:
-        """The source's documents within its limits, with `source` and a full `id`."""
-        count, size = 0, 0
-        for document in self.module.documents(self.entries):
-            data = document.text.encode("utf-8", "replace")  # a lone surrogate could not be written anywhere
-            length = len(data)
+        """The documents within the limits, with `source`, `split` and a full `id`."""
+        count, volume = 0, 0
+        for document in import_module(self.module).documents(self.entries):
+            document.text = writable(document.text)
+            length = size(document.text)
             if self.max_documents and count >= self.max_documents:
                 return
-            if self.max_bytes and count and size + length > self.max_bytes:
+            if self.max_bytes and count and volume + length > self.max_bytes:
                 return
-            count, size = count + 1, size + length
-            name = f"{self.label}/{document.id}".encode("utf-8", "replace").decode()
-            document.source, document.id, document.text = self.label, name, data.decode()
+            count, volume = count + 1, volume + length
+            document.source, document.split = self.label, self.split
+            document.id, document.url = writable(f"{self.label}/{document.id}"), writable(document.url)
             yield document
+
+
+def writable(text: str) -> str:
+    """The text with "?" for lone surrogates, which no file could hold."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _pieces(entry: Entry) -> Iterator[Entry]:
+    """A file of plain JSON lines in parts of SHARD bytes, any other whole."""
+    if entry.size <= SHARD or entry.compressed or entry.kind not in (".jsonl", ".ndjson") or type(entry) is not Entry:
+        yield entry
+        return
+    for start in range(0, entry.size, SHARD):
+        yield replace(entry, start=start, stop=min(start + SHARD, entry.size))
 
 
 def find(chosen: list[str], seed: int, max_bytes: int, max_documents: int) -> list[Source]:
@@ -84,7 +132,8 @@ def _module(source: str) -> tuple[ModuleType, str]:
     if not exists:
         known = unknown(source, names("data/sources"))
         raise ConfigError(f"data.sources: {known}, an existing file or folder, or an s3:// prefix")
-    return import_module("stages.data.sources._files"), path.resolve().name or "root"
+    kind = "_git" if is_repository(path) else "_files"
+    return import_module(f"stages.data.sources.{kind}"), path.resolve().name or "root"
 
 
 def _sample(entries: list[Entry], seed: int, max_bytes: int, max_documents: int) -> list[Entry]:
@@ -101,8 +150,7 @@ def _sample(entries: list[Entry], seed: int, max_bytes: int, max_documents: int)
             taken.append(entry)
         elif entry.cuttable and left > 0:
             # Only plain JSON lines can be read in part; of the others the documents are cut, see Source.documents.
-            whole = entry.kind == ".parquet" or entry.name.lower().endswith(".gz")
-            entry.take = entry.size if whole else left
+            entry.take = entry.size if entry.kind == ".parquet" or entry.compressed else left
             taken.append(entry)
         else:
             continue

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from zlib import crc32
+from functools import lru_cache
 
 import numpy as np
 
 # Scripts written without spaces: Thai and Lao, Myanmar, Khmer, kana, Han. There, a character is a unit.
-UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
+UNSPACED_RANGES = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF),
+                   (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)]  # fmt: skip
+UNSPACED = "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED_RANGES)
+SPACELESS = re.compile(f"[{UNSPACED}]")
 UNIT = re.compile(f"[{UNSPACED}]|[^\\s!-/:-@\\[-`{{-~\u2000-\u206f\u3000-\u303f\uff00-\uff0f{UNSPACED}]+")
 MULTIPLIER = np.uint64(0x100000001B3)  # FNV's prime
 
@@ -21,9 +22,16 @@ def units(text: str) -> list[str]:
     return UNIT.findall(text)
 
 
+@lru_cache(2048)  # blocks that compare documents ask for the same batch, one after the other
 def normalised(text: str) -> str:
     """The text with case, compatibility forms and white space evened out: equal for equal documents."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower().split())
+
+
+def mixed(hashes: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: the low bits of a polynomial hash depend on low bits alone."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return hashes ^ (hashes >> np.uint64(31))
 
 
 def rolling(values: np.ndarray, n: int) -> np.ndarray:
@@ -33,19 +41,4 @@ def rolling(values: np.ndarray, n: int) -> np.ndarray:
     for i in range(n if count else 0):
         hashes *= MULTIPLIER
         hashes += values[i : i + count]
-    # Finaliser of splitmix64: the low bits of a polynomial hash depend on low bits alone.
-    hashes ^= hashes >> np.uint64(30)
-    hashes *= np.uint64(0xBF58476D1CE4E5B9)
-    return hashes ^ (hashes >> np.uint64(31))
-
-
-def ngrams(text: str, n: int) -> np.ndarray:
-    """Distinct hashes uint64 of the text's unit n-grams, in lower case, sorted."""
-    values = np.array([crc32(unit.encode("utf-8", "replace")) for unit in units(text.lower())], np.uint64)
-    return np.unique(rolling(values, n))
-
-
-def shingles(text: str, n: int) -> np.ndarray:
-    """Hashes uint32 of the text's character n-grams; of the whole text where it is shorter than one."""
-    values = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
-    return rolling(values, max(1, min(n, len(values)))).astype(np.uint32)
+    return mixed(hashes)

@@ -4,11 +4,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stages.data import corpus
-from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option
+from stages.data.encoder import Encoder
+from stages.data.shard import commit
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, placement, resolve
 
 VERSION = "1"
 INPUTS = {
@@ -18,6 +21,7 @@ INPUTS = {
 }
 OUTPUT = Kind.TOKENS
 INSTRUCTIONS = "instructions"  # the domain of rendered prompts
+SPLITS = ("train", "heldout")
 BATCH = 256  # documents encoded at once
 
 
@@ -25,6 +29,8 @@ BATCH = 256  # documents encoded at once
 class Config:
     vocab_multiple: int = option(128, "the model's vocabulary is padded to a multiple of this")
     prompts_repeat: int = option(1, "times that each training prompt, with its answer, is put into the training split")
+    executor: str = placement("local", "where files run: a file of stages/data/executors (local, ray)")
+    workers: int = placement(0, "processes; 0 = as many as the stage has threads")
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
@@ -37,28 +43,33 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
     """Writes `<split>-<domain>.bin/.idx`, tokens.json and the tokenizer's files under tokenizer/."""
-    from tokenizers import Tokenizer
-
-    from stages.data.indexed import write
+    from stages.data import indexed
 
     source: Artifact = inputs["corpus"]
     folder: Path = inputs["tokenizer"].path
     shutil.copytree(folder, out / "tokenizer", ignore=shutil.ignore_patterns("record.json"))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # a special token's name inside a document is text
-    vocab_size = -(-tokenizer.get_vocab_size() // config.vocab_multiple) * config.vocab_multiple
+    vocab_size = _vocab_size(folder, config.vocab_multiple)
+    files = sorted(path for split in SPLITS for path in source.path.glob(f"{split}-*.parquet"))
+    parts = ctx.scratch / "tokens"
+    parts.mkdir(exist_ok=True)
+    todo = [i for i, file in enumerate(files) if not (parts / f"{file.stem}.json").exists()]
+    workers = min(config.workers or ctx.threads, len(files))
+    start = resolve("data/executors", config.executor).start
+    with start(partial(_encode_file, files, folder / "tokenizer.json", vocab_size, parts), workers) as each:
+        for done, _ in enumerate(each(0, todo), 1):
+            if len(todo) > 20 and done % (len(todo) // 10) == 0:
+                ctx.log(f"{done} of {len(todo)} files")
     splits: dict[str, dict[str, dict[str, int]]] = {}
-    for split in ("train", "heldout"):
-        texts: dict[str, list[str]] = {}
-        for document in corpus.documents(source.path, split):
-            texts.setdefault(document["domain"], []).append(document["text"])
-        counts = {
-            domain: write(out / f"{split}-{domain}", _encode(tokenizer, found), vocab_size)
-            for domain, found in sorted(texts.items())
-        }
+    for split in SPLITS:
+        found: dict[str, list[Path]] = {}
+        for file in files:
+            if file.stem.startswith(f"{split}-"):
+                for domain in json.loads((parts / f"{file.stem}.json").read_text()):
+                    found.setdefault(domain, []).append(parts / f"{file.stem}-{domain}")
+        counts = {domain: indexed.merge(out / f"{split}-{domain}", found[domain]) for domain in sorted(found)}
         if split == "train" and (prompts := inputs.get("prompts")) and config.prompts_repeat:
             rendered = _rendered(folder, prompts, config)
-            counts[INSTRUCTIONS] = write(out / f"{split}-{INSTRUCTIONS}", rendered, vocab_size)
+            counts[INSTRUCTIONS] = indexed.write(out / f"{split}-{INSTRUCTIONS}", rendered, vocab_size)
         splits[split] = {domain: {"documents": n, "tokens": total} for domain, (n, total) in counts.items()}
         ctx.log(f"{split}: " + ", ".join(f"{domain} {n['tokens']:,} tokens" for domain, n in splits[split].items()))
     table = {"vocab_size": vocab_size, "splits": splits}
@@ -66,11 +77,38 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     return {f"tokens_{split}": sum(n["tokens"] for n in found.values()) for split, found in splits.items()}
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
-    """Ids of each text; its post-processor puts BOS in front."""
-    for start in range(0, len(texts), BATCH):
-        for encoding in tokenizer.encode_batch_fast(texts[start : start + BATCH]):
-            yield encoding.ids
+def _vocab_size(folder: Path, multiple: int) -> int:
+    from tokenizers import Tokenizer
+
+    return -(-Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() // multiple) * multiple
+
+
+def _encode_file(files: list[Path], tokenizer_file: Path, vocab_size: int, parts: Path, _: int, number: int) -> None:
+    """Tokens of one file of the corpus, by domain; its JSON, the domains, says that all are whole."""
+    from stages.data.indexed import Writer
+
+    file, encoder = files[number], Encoder(tokenizer_file)
+    writers: dict[str, Writer] = {}
+    for texts in _batches(file):
+        for domain, found in texts.items():
+            if domain not in writers:
+                writers[domain] = Writer(parts / f"{file.stem}-{domain}", vocab_size)
+            for ids in encoder(found):
+                writers[domain].add(ids)
+    for writer in writers.values():
+        writer.close()
+    commit(parts / f"{file.stem}.json", sorted(writers))
+
+
+def _batches(file: Path) -> Iterator[dict[str, list[str]]]:
+    """Texts of about BATCH documents by domain, in order."""
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH, columns=["text", "domain"]):
+        found: dict[str, list[str]] = {}
+        for row in batch.to_pylist():
+            found.setdefault(row["domain"], []).append(row["text"])
+        yield found
 
 
 def _rendered(folder: Path, prompts: dict[str, Artifact], config: Config) -> Iterator[list[int]]:

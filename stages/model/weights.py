@@ -121,7 +121,7 @@ def load(
 
     model: a model, or the chunks of one that this rank has. exact: gets the FP32 values of parameters that round them.
     """
-    parameters = _parameters(model)
+    parameters = by_name(model)
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     # The last pipeline stage's copy of a tied embedding has the output layer's name.
@@ -152,7 +152,7 @@ def tensors(
 
     value: a parameter -> its FP32 value on this rank, e.g. the optimizer's main weight.
     """
-    parameters = _parameters(model)
+    parameters = by_name(model)
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     for row in rows:
         parameter = parameters.get(row.name)
@@ -223,7 +223,7 @@ def _shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
     return {name: shape for row in rows for name, shape in row.hf.items()}
 
 
-def _parameters(model: Model | list[Model]) -> dict[str, Parameter]:
+def by_name(model: Model | list[Model]) -> dict[str, Parameter]:
     """This rank's parameters by name, with each layer's number counted in the whole model."""
     found = {}
     for chunk in model if isinstance(model, list) else [model]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from stages.stage import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,3 +50,10 @@ def complete(batch: Packed, *roles: Tensor) -> Tensor:
 def total(values: Tensor, weight: Tensor) -> Tensor:
     """Detached sum of values where weight is not 0: a metric, summed like the loss and divided by the same count."""
     return (values.detach() * weight).sum()
+
+
+def above(config: Any, least: float, *names: str) -> None:
+    """Raises ConfigError for an option that is less than `least`."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"options.{name}: {getattr(config, name)} is below {least:g}; give {least:g} or more")

@@ -17,6 +17,8 @@ from stages.trainer.batch import Loss, Packed
 GROUP = "pair"
 NEEDS_REFERENCE = False
 NEEDS_SCORES = True
+NEEDS_BEHAVIOUR = False
+COUNT = "groups"
 
 
 @dataclass

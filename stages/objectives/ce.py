@@ -7,6 +7,8 @@ from stages.trainer.batch import Loss, Packed
 GROUP = "single"
 NEEDS_REFERENCE = False
 NEEDS_SCORES = False
+NEEDS_BEHAVIOUR = False
+COUNT = "tokens"
 
 
 @dataclass

@@ -21,6 +21,8 @@ from stages.trainer.batch import Loss, Packed
 GROUP = "completions"
 NEEDS_REFERENCE = True
 NEEDS_SCORES = False
+NEEDS_BEHAVIOUR = False
+COUNT = "groups"
 
 
 @dataclass

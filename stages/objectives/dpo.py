@@ -3,6 +3,7 @@
 With h(y) = log pi(y|x)/pi_ref(y|x) (token sums) and D = h_w - h_l:    l = -log s(beta D)
 
 Label smoothing e (Mitchell's conservative DPO):    l = -(1 - e) log s(beta D) - e log s(-beta D)
+DPO + NLL on the preferred completion (Llama 3, arXiv 2407.21783, section 4.1.4: 0.2) is the stage's `sft_weight`.
 A group is a pair; field `chosen` is 1 for the preferred completion, 0 for the other.
 """
 
@@ -15,6 +16,8 @@ from stages.trainer.batch import Loss, Packed
 GROUP = "pair"
 NEEDS_REFERENCE = True
 NEEDS_SCORES = False
+NEEDS_BEHAVIOUR = False
+COUNT = "groups"
 
 
 @dataclass

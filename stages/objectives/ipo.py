@@ -16,6 +16,8 @@ from stages.trainer.batch import Loss, Packed
 GROUP = "pair"
 NEEDS_REFERENCE = True
 NEEDS_SCORES = False
+NEEDS_BEHAVIOUR = False
+COUNT = "groups"
 
 
 @dataclass

@@ -26,6 +26,8 @@ from stages.trainer.batch import Loss, Packed
 GROUP = "revisions"
 NEEDS_REFERENCE = True
 NEEDS_SCORES = False
+NEEDS_BEHAVIOUR = False
+COUNT = "groups"
 
 
 @dataclass

@@ -135,8 +135,10 @@ class Sampler:
 
     def __call__(self, prompts: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
         """One row a prompt, as in the artifact PAIRS: the prompt's own fields, `completions` (texts, special tokens
-        shown, without the end of turn), `tokens` (their ids, with it), `rewards` (weighted sums) and `parts`
-        (reward name -> values). The reference answer, if asked for, is the last completion."""
+        shown, without the end of turn), `tokens` (their ids, with it), `logprobs` (nats of each token under the policy
+        that sampled it; null for an answer, and for all where temperature is not 1, as the engine gives none of those),
+        `rewards` (weighted sums) and `parts` (reward name -> values). The reference answer, if asked for, is the last
+        completion."""
         config = self.config
         ids = [render_prompt(self.tokenizer, p) for p in prompts]
         made: list[list] = [[] for _ in prompts]
@@ -147,17 +149,24 @@ class Sampler:
             )  # fmt: skip
         texts = [[c.text for c in row] for row in made]
         tokens = [[c.ids for c in row] for row in made]
+        nats = lambda c: [round(v, 6) for v in c.logprobs] if config.temperature == 1 else None  # noqa: E731
+        logprobs = [[nats(c) for c in row] for row in made]
         if config.with_answer:
-            for prompt, text, token in zip(prompts, texts, tokens, strict=True):
+            for prompt, text, token, logprob in zip(prompts, texts, tokens, logprobs, strict=True):
                 text.append(prompt["answer"])
+                logprob.append(None)
                 token.append(answer_ids(self.tokenizer, prompt["messages"], prompt["answer"]))
         weights = config.reward_weights()
-        parts = {name: reward(prompts, texts) for name, reward in self.rewards.items()}
+        parts = {}
+        for name, reward in self.rewards.items():
+            by_tokens = hasattr(reward, "of_tokens")
+            parts[name] = reward.of_tokens(tokens, config.max_new_tokens) if by_tokens else reward(prompts, texts)
         rows = []
         for i, prompt in enumerate(prompts):
             own = {name: [float(v) for v in values[i]] for name, values in parts.items()}
             total = [sum(weights[name] * own[name][j] for name in own) for j in range(len(texts[i]))]
-            rows.append({**prompt, "completions": texts[i], "tokens": tokens[i], "rewards": total, "parts": own})
+            rows.append({**prompt, "completions": texts[i], "tokens": tokens[i], "logprobs": logprobs[i],
+                         "rewards": total, "parts": own})  # fmt: skip
         return rows
 
 

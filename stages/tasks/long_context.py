@@ -18,7 +18,7 @@ DOCUMENTS = True  # reads the corpus
 class Options:
     lengths: list[int] = option([16000, 64000, 256000], "lengths of the haystack in characters, used in turn (about 4 a token)")
     keys: int = option(4, "hidden numbers a prompt, one of them asked for; 1 is the plain needle")
-    vocabulary: int = option(72, "different keys, the first ones of the list")
+    vocabulary: int = option(70, "different keys, the first ones of the list")
     digits: int = option(7, "digits of a hidden number")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stages.rollout._collect import answer_ids, render_prompt
-from stages.stage import ConfigError, identity, option, parse, resolve
+from stages.stage import ConfigError, CuveeError, identity, option, parse, resolve
 from stages.trainer.batch import Group, Loss, Packed, Sequence
 
 REVISE = "Improve your answer."  # the user's turn after a draft, from which the policy answers again (SRPO's reviser)
@@ -35,9 +35,18 @@ class ObjectiveConfig:
             raise ConfigError(
                 f"objective: {self.objective} trains on {module.GROUP}; this stage gives {', '.join(groups)}"
             )
+        if module.NEEDS_SCORES:
+            raise ConfigError(f"objective: {self.objective} trains a reward model; use the stage train.reward for it")
         options = parse(module.Config, self.options, "options")
         if getattr(options, "beta", 1.0) <= 0:
             raise ConfigError(f"options.beta: {options.beta} leaves no pull to the reference; give more than 0")
+        if hasattr(options, "check"):
+            options.check()
+        if self.sft_weight and module.COUNT != "groups":
+            raise ConfigError(
+                f"sft_weight: {self.sft_weight} weighs a term of each group, but {self.objective} is a mean over "
+                f"{module.COUNT}; set 0 or choose another objective"
+            )
         return module, options
 
     def external(self) -> dict[str, Any]:
@@ -65,13 +74,34 @@ def objective(config: ObjectiveConfig, *groups: str) -> Callable[[Packed], Loss]
     return loss
 
 
-def make_sequence(prompt: list[int], completion: list[int], **fields: float) -> Sequence:
-    """The prompt and the completion it is followed by; only the completion is a target."""
+def prepared(module: Any, stream: Any) -> Any:
+    """The stream; where the objective has `prepare(groups, trainer)`, with each step's groups as that returns them."""
+    return Prepared(stream, module.prepare) if hasattr(module, "prepare") else stream
+
+
+@dataclass
+class Prepared:
+    """A Stream whose groups an objective completes by what only the whole batch of a step can tell."""
+
+    stream: Any
+    prepare: Callable[[list[Group], Any], list[Group]]
+
+    def batch(self, step: int, trainer: Any) -> list[Group]:
+        groups = self.stream.batch(step, trainer)
+        return self.prepare(groups, trainer) if groups else groups
+
+
+def make_sequence(
+    prompt: list[int], completion: list[int], logprobs: list[float] | None = None, **fields: float
+) -> Sequence:
+    """The prompt and the completion it is followed by; only the completion is a target. logprobs: those of the
+    completion's tokens under the policy that sampled them."""
     tokens = np.array(prompt + completion, np.int32)
     mask = np.zeros(len(tokens), np.float32)
     mask[len(prompt) :] = 1
     empty = {"reward": 0.0, "chosen": 1.0, "draft": -1.0, "label": 1.0, "margin": 0.0, "sft": 0.0}
-    return Sequence(tokens, mask, empty | fields)
+    behaviour = None if logprobs is None else np.array([0.0] * len(prompt) + logprobs, np.float32)
+    return Sequence(tokens, mask, empty | fields, behaviour)
 
 
 class Grouper:
@@ -79,13 +109,16 @@ class Grouper:
     group differ by min_gap at least, and those of a pair always differ.
 
     soft_label s > 0 labels a pair p = sigmoid(s * gap) instead of 1; margin m asks for a score gap of m * gap.
+    behaviour: `completions` carry the log-probabilities of their sampling; CuveeError for a row without.
     """
 
     def __init__(
-        self, tokenizer: Any, kind: str, sequence_length: int, *, min_gap=0.0, soft_label=0.0, margin=0.0, per_prompt=1
-    ):
+        self, tokenizer: Any, kind: str, sequence_length: int, *, min_gap=0.0, soft_label=0.0, margin=0.0, per_prompt=1,
+        behaviour=False,
+    ):  # fmt: skip
         self.tokenizer, self.kind, self.sequence_length = tokenizer, kind, sequence_length
         self.min_gap, self.soft_label, self.margin, self.per_prompt = min_gap, soft_label, margin, per_prompt
+        self.behaviour = behaviour
 
     def __call__(self, row: dict[str, Any]) -> list[Group]:
         """The groups of one row; empty where its rewards do not differ enough or a sequence is too long."""
@@ -108,8 +141,14 @@ class Grouper:
         if len(completions) < 2 or max(row["rewards"]) - min(row["rewards"]) < self.min_gap:
             return []
         best = int(np.argmax(row["rewards"]))
-        rewards = enumerate(zip(completions, row["rewards"], strict=True))
-        return [[make_sequence(prompt, c, reward=r, sft=float(i == best)) for i, (c, r) in rewards]]
+        logprobs = (row.get("logprobs") if self.behaviour else None) or [None] * len(completions)
+        if self.behaviour and None in logprobs:
+            raise CuveeError(
+                f"{row['id']}: a completion has no log-probabilities of its sampling, which the objective's ratios need; "
+                "sample with temperature=1 and with_answer=false, or choose an objective without ratios (copg)"
+            )
+        given = enumerate(zip(completions, logprobs, row["rewards"], strict=True))
+        return [[make_sequence(prompt, c, p, reward=r, sft=float(i == best)) for i, (c, p, r) in given]]
 
     def _contrasts(self, rewards: list[float]) -> list[tuple[int, int]]:
         """(better, worse), the widest gaps first: the first is the highest against the lowest reward."""

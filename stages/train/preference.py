@@ -1,4 +1,4 @@
-"""Offline preference training on sampled completions: DPO, IPO, SRPO or CoPG, against the starting model as reference."""
+"""Offline training on sampled completions (SRPO, DPO, CoPG, ... by name), against the starting model as reference."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     """Train and write the CHECKPOINT folder. Raises CuveeError when no prompt's rewards tell completions apart."""
     from transformers import AutoTokenizer
 
-    from stages.train._groups import Grouper, Groups, objective
+    from stages.train._groups import Grouper, Groups, objective, prepared
     from stages.trainer.loop import train
 
     init: Path = inputs["init"].path
@@ -58,7 +58,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     good = [r for r in rows if r["rewards"] and (floor is None or sum(r["rewards"]) / len(r["rewards"]) >= floor)]
     grouper = Grouper(
         AutoTokenizer.from_pretrained(init), module.GROUP, config.sequence_length, min_gap=config.min_gap,
-        per_prompt=config.pairs_per_prompt,
+        per_prompt=config.pairs_per_prompt, behaviour=module.NEEDS_BEHAVIOUR,
     )  # fmt: skip
     prompts = [groups for groups in map(grouper, good) if groups]
     if not prompts:
@@ -68,7 +68,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         )
     ctx.log(f"{sum(map(len, prompts))} groups ({module.GROUP}) of {len(prompts)} prompts; {len(rows)} were sampled")
     metrics = train(
-        config=config, stream=Groups(prompts, config.batch_groups, config.seed), objective=objective(config, *KINDS),
-        out=out, ctx=ctx, init=init, tokenizer=init, reference=init if module.NEEDS_REFERENCE else None,
+        config=config, stream=prepared(module, Groups(prompts, config.batch_groups, config.seed)),
+        objective=objective(config, *KINDS), out=out, ctx=ctx, init=init, tokenizer=init,
+        reference=init if module.NEEDS_REFERENCE else None,
     )  # fmt: skip
     return metrics | {"prompts": len(prompts)}

@@ -23,7 +23,7 @@ from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind
 from stages.train._groups import ObjectiveConfig
 from stages.trainer.config import TrainConfig
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -58,7 +58,13 @@ class Config(ObjectiveConfig, SampleConfig, TrainConfig):
 def check(config: Config, inputs: dict[str, Any]) -> None:
     config.check()
     config.check_sampling(inputs)
-    config.resolve(*KINDS)
+    module, _ = config.resolve(*KINDS)
+    if module.NEEDS_BEHAVIOUR and (config.with_answer or config.temperature != 1):
+        raise ConfigError(
+            f"objective: {config.objective} weighs completions by the log-probabilities of their sampling, which no "
+            f"answer (with_answer {config.with_answer}) and no other temperature than 1 (temperature "
+            f"{config.temperature:g}) has; set with_answer=false temperature=1, or choose copg"
+        )
     if config.batch_groups < 1 or config.rollout_every < 0 or config.rollout_prompts < 0:
         raise ConfigError(
             f"batch_groups is {config.batch_groups}, rollout_every {config.rollout_every}, rollout_prompts "
@@ -85,15 +91,15 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     Returns the trainer's metrics and `reward_first`, `reward_last`: mean sampled reward of the first and last block.
     Raises CuveeError when engine and trainer disagree after a sync, or no prompt's rewards differ.
     """
-    from stages.train._groups import objective
+    from stages.train._groups import objective, prepared
     from stages.trainer.loop import train
 
     init: Path = inputs["init"].path
     module, _ = config.resolve(*KINDS)
-    stream = Rollouts(config, inputs, ctx, module.GROUP)
+    stream = Rollouts(config, inputs, ctx, module)
     metrics = train(
-        config=config, stream=stream, objective=objective(config, *KINDS), out=out, ctx=ctx, init=init, tokenizer=init,
-        reference=init if module.NEEDS_REFERENCE else None,
+        config=config, stream=prepared(module, stream), objective=objective(config, *KINDS), out=out, ctx=ctx,
+        init=init, tokenizer=init, reference=init if module.NEEDS_REFERENCE else None,
     )  # fmt: skip
     if not any(any(map(stream.grouper, read_jsonl(path))) for path in stream.files()):
         raise CuveeError(
@@ -110,7 +116,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 class Rollouts:
     """A Stream of groups sampled by the policy in training."""
 
-    def __init__(self, config: Config, inputs: dict[str, Any], ctx: Context, kind: str):
+    def __init__(self, config: Config, inputs: dict[str, Any], ctx: Context, module: Any):
         from transformers import AutoTokenizer
 
         from stages.train._groups import Grouper
@@ -123,7 +129,10 @@ class Rollouts:
         self.prompts = self._fitting(load_prompts(inputs["prompts"], config.mix))
         draws = len(self.files()) * config.prompts_of_block()
         self.drawn = schedule({d: len(rows) for d, rows in self.prompts.items()}, config.mix, draws, config.seed)
-        self.grouper = Grouper(self.tokenizer, kind, config.sequence_length, min_gap=config.min_gap)
+        self.grouper = Grouper(
+            self.tokenizer, module.GROUP, config.sequence_length, min_gap=config.min_gap,
+            behaviour=module.NEEDS_BEHAVIOUR,
+        )  # fmt: skip
         self.sampler: Sampler | None = None
         self.current, self.groups = -1, []
 
@@ -179,6 +188,7 @@ class Rollouts:
         began, config = time.monotonic(), self.config
         gap = self._sync(policy, probes)
         rows = self.sampler(prompts, seed=config.seed * 1_000_003 + first)
+        rows = [{"version": first, **row} for row in rows]  # optimizer steps behind the weights that sampled
         seconds = time.monotonic() - began
         found = statistics(rows, config.completions)
         tokens = sum(len(t) for row in rows for t in row["tokens"][: config.completions])

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: on reference answers, or on the best of N sampled completions, with the prompt masked."""
+"""Supervised fine-tuning: on reference answers, or on the best of N sampled completions, with the prompt masked.
+
+With an input `teacher` its distribution is learned beside the answers: see stages/objectives/distill.py.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ INPUTS = {
     "prompts": Input(Kind.PROMPTS, many=True, optional=True),
     "pairs": Input(Kind.PAIRS, optional=True),
     "tokens": Input(Kind.TOKENS, optional=True),
+    "teacher": Input(Kind.CHECKPOINT, optional=True),
 }
 OUTPUT = Kind.CHECKPOINT
 DISTRIBUTED = True
@@ -26,6 +30,8 @@ class Config(TrainConfig):
     mix: dict[str, float] = option({}, "share of each domain's conversations; empty takes all domains equally")
     min_reward: float = option(0.0, "with input `pairs`: prompts whose best completion is rewarded less are left out")
     replay: float = option(0.0, "pretraining documents (input `tokens`) for each conversation, 0 to 1")
+    teacher_weight: float = option(0.9, "with input `teacher`: its weight in the loss, the answers have the rest")
+    teacher_top_k: int = option(8, "with input `teacher`: its likeliest tokens learned in each place")
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
@@ -37,6 +43,10 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         raise ConfigError(f"replay: {config.replay} asks for pretraining documents; give the input `tokens`")
     if config.batch_groups < 1 or not 0 <= config.replay <= 1:
         raise ConfigError(f"batch_groups is {config.batch_groups}, replay {config.replay}; give at least 1 and 0 to 1")
+    if config.teacher_top_k < 1 or not 0 <= config.teacher_weight <= 1:
+        raise ConfigError(
+            f"teacher_top_k is {config.teacher_top_k}, teacher_weight {config.teacher_weight}; give at least 1 and 0 to 1"
+        )
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -48,15 +58,21 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     """Train and write the CHECKPOINT folder. Raises CuveeError when no conversation is short or good enough."""
     from transformers import AutoTokenizer
 
-    from stages.objectives import ce
+    from stages.objectives import ce, distill
+    from stages.train._groups import Prepared
     from stages.trainer.loop import train
 
     init: Path = inputs["init"].path
     tokenizer = AutoTokenizer.from_pretrained(init)
     make = BestOfN if "pairs" in inputs else Conversations
-    stream = make(config, inputs, tokenizer, ctx)
+    stream, module, options = make(config, inputs, tokenizer, ctx), ce, ce.Config()
+    if "teacher" in inputs:
+        from stages.train._teacher import Teacher
+
+        module, options = distill, distill.Config(weight=config.teacher_weight)
+        stream = Prepared(stream, Teacher(inputs["teacher"].path, init, config.teacher_top_k, ctx))
     return train(
-        config=config, stream=stream, objective=lambda batch: ce.loss(batch, ce.Config()), out=out, ctx=ctx,
+        config=config, stream=stream, objective=lambda batch: module.loss(batch, options), out=out, ctx=ctx,
         init=init, tokenizer=init,
     )  # fmt: skip
 

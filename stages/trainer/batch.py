@@ -16,12 +16,14 @@ class Sequence:
     """One document. tokens: int32 [T]. mask: float32 [T], weight of token t as a TARGET (mask[0] is ignored:
     nothing predicts the first token). fields: numbers an objective needs of this sequence (reward, label, ...);
     all sequences of a run carry the same keys. behaviour: float32 [T], log-probability of token t under the policy that
-    sampled it (read where the mask is not 0); all sequences of a run have it, or none."""
+    sampled it (read where the mask is not 0). teacher: int32 [T, k] and float32 [T, k], a teacher's likeliest tokens in the
+    place of token t, with their log-probabilities. All sequences of a run have these, or none."""
 
     tokens: np.ndarray
     mask: np.ndarray
     fields: dict[str, float] = field(default_factory=dict)
     behaviour: np.ndarray | None = None
+    teacher: tuple[np.ndarray, np.ndarray] | None = None
 
 
 # Sequences of one group always share a microbatch: the two of a pair, the k completions of a prompt.
@@ -39,6 +41,8 @@ class Packed:
     fields: name -> float32 [S]. reference: float32 [N], log-probabilities under the frozen reference model.
     behaviour: float32 [N], under the policy that sampled the sequences (Sequence.behaviour).
     scores: float32 [S], reward head at each sequence's last token, with gradient.
+    teacher: float32 [M, k], log-probabilities of a teacher's tokens (Sequence.teacher) in M places. Then N = M * (k + 1): of
+    each place the teacher's k tokens, then its own.
     """
 
     logprobs: Tensor
@@ -49,6 +53,7 @@ class Packed:
     reference: Tensor | None = None
     scores: Tensor | None = None
     behaviour: Tensor | None = None
+    teacher: Tensor | None = None
 
     def sums(self, values: Tensor) -> Tensor:
         """Masked sums: values [N] -> [S], sum over each sequence's targets of mask * value (0 without targets)."""

@@ -37,6 +37,22 @@ def check(
         )
 
 
+def check_batch(config: TrainConfig, world: int, longest: int, where: str = "") -> None:
+    """Raises ConfigError where a step of a stage's config may have too few sequences (of `longest` tokens) for the ranks:
+    better now than at the first such step. Stages say how much a step is as batch_groups or batch_tokens."""
+    ranks = world // (config.tensor_parallel * config.pipeline_parallel * config.context_parallel)
+    turns = config.pipeline_parallel if config.virtual_pipeline > 1 else 1
+    field = "batch_groups" if hasattr(config, "batch_groups") else "batch_tokens"
+    amount = getattr(config, field)
+    if (amount if field == "batch_groups" else amount // longest) < ranks * turns:
+        each = "" if field == "batch_groups" else f" tokens in sequences of {longest}"
+        raise ConfigError(
+            f"{where}.{field}: {amount}{each} cannot be shared among {ranks} data-parallel ranks"
+            + (f" with {turns} microbatches each, which virtual_pipeline takes" if turns > 1 else "")
+            + "; raise it, or share a model among more ranks"
+        )
+
+
 def _check_sizes(config: TrainConfig, sizes: ModelConfig, at: str, longest: int) -> None:
     def divides(field: str, parts: int, of: str, whole: int, why: str = "") -> None:
         if whole % parts:
@@ -44,6 +60,10 @@ def _check_sizes(config: TrainConfig, sizes: ModelConfig, at: str, longest: int)
 
     for of in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         divides("tensor_parallel", config.tensor_parallel, of, getattr(sizes, of))
+    if any(name.startswith("fp8") for name in (config.precision, *(name for name, _ in config.precision_phases))):
+        for of in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            width = getattr(sizes, of) * (1 if of == "ffn_hidden_size" else sizes.head_dim)
+            divides("tensor_parallel x 16", 16 * config.tensor_parallel, f"{of} in columns", width, ", which FP8 needs")
     stages = config.pipeline_parallel * config.virtual_pipeline
     field = "pipeline_parallel" if config.virtual_pipeline == 1 else "pipeline_parallel x virtual_pipeline"
     divides(field, stages, "num_layers", sizes.num_layers)
@@ -62,24 +82,23 @@ def _check_sizes(config: TrainConfig, sizes: ModelConfig, at: str, longest: int)
 
 def _check_features(config: TrainConfig, device: str, at: str) -> None:
     if config.sequence_parallel and config.tensor_parallel == 1:
-        raise ConfigError(f"{at}sequence_parallel: true, but tensor_parallel is 1; set it to false or share the matrices")
+        raise ConfigError(
+            f"{at}sequence_parallel: true, but tensor_parallel is 1; set it to false or share the matrices"
+        )
     if config.virtual_pipeline > 1 and config.pipeline_parallel == 1:
         raise ConfigError(f"{at}virtual_pipeline: {config.virtual_pipeline}, but pipeline_parallel is 1; set it to 1")
-    if config.fsdp:
-        for field in ("tensor_parallel", "pipeline_parallel"):
-            if getattr(config, field) > 1:
-                raise ConfigError(
-                    f"{at}fsdp: true with {field} {getattr(config, field)}, which FSDP does not share weights with; set "
-                    f"{field} to 1, or fsdp to false and distributed_optimizer to true"
-                )
-        if config.distributed_optimizer:
-            raise ConfigError(f"{at}distributed_optimizer: fsdp shares the optimizer's state already; set it to false")
+    if config.fsdp and config.distributed_optimizer:
+        raise ConfigError(
+            f"{at}distributed_optimizer: true, but fsdp shares the optimizer's state already; set it to false"
+        )
     if device == "cpu":
         for field, value in (("context_parallel", 1), ("recompute", "none")):
             if getattr(config, field) != value:
                 raise ConfigError(f"{at}{field}: {getattr(config, field)} needs a GPU; set it to {value} on a CPU")
         if (precision := config.precision_at(0)) != "fp32":
-            raise ConfigError(f"{at}precision: {precision} needs a GPU with Transformer Engine; set it to fp32 on a CPU")
+            raise ConfigError(
+                f"{at}precision: {precision} needs a GPU with Transformer Engine; set it to fp32 on a CPU"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0
     tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
     replicas = max(1, world // (tensor * pipeline))  # of these weights, context-parallel ranks included
     embedding = sizes.vocab_size * sizes.hidden_size / tensor
-    layer = (sizes.parameters() - sizes.vocab_size * sizes.hidden_size * (1 if sizes.tie_embeddings else 2))
+    layer = sizes.parameters() - sizes.vocab_size * sizes.hidden_size * (1 if sizes.tie_embeddings else 2)
     layer /= sizes.num_layers * tensor
     held = layer * sizes.num_layers / pipeline + embedding * (2 if pipeline == 1 and not sizes.tie_embeddings else 1)
     weights, gradients, optimizer = (2 * held, 4 * held, 12 * held) if half else (4 * held, 4 * held, 8 * held)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.model.packing import Packing, pack
 from stages.stage import CuveeError
-from stages.trainer.batch import Group
+from stages.trainer.batch import Group, Sequence
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Microbatch:
     tokens: int64 [1, T]. rows: int64 [N], packed row that predicts each target. targets: int64 [N]. mask: float32 [N].
     sequence: int64 [N], 0..S-1. group: int64 [S]. last: int64 [S], row of each sequence's last token.
     fields: name -> float32 [S]. numbers: place of each sequence in the step's batch. reference: float32 [N].
+    behaviour: float32 [N], teacher: float32 [M, k] with N = M * (k + 1): as in Packed, or None.
     places: int64 [N] in host memory, how many tokens precede each target in its sequence, less one.
     Under context parallelism tokens are this rank's share [1, T / ranks], rows are numbered in that share and given for
     its targets only, `here`: int64 [at most N], as `last_here` are the sequences whose `last` it has; `packing` and all
@@ -40,6 +41,8 @@ class Microbatch:
     numbers: list[int]
     places: np.ndarray
     reference: Tensor | None = None
+    behaviour: Tensor | None = None
+    teacher: Tensor | None = None
     here: Tensor | None = None
     last_here: Tensor | None = None
 
@@ -119,10 +122,10 @@ def build(
     ends = np.cumsum(lengths)
     mask = np.concatenate([sequence.mask for sequence in sequences]).astype(np.float32)
     mask[ends - lengths] = 0.0  # nothing predicts a first token
-    at = np.flatnonzero(mask)
+    at, targets = _targets(sequences, tokens, np.flatnonzero(mask), vocab_size)
     sequence = np.repeat(np.arange(len(sequences)), lengths)[at]
     row, padded, documents, last = _padded(tokens, lengths, sharing, least)
-    rows, arrays = row[at - 1], {"targets": tokens[at], "mask": mask[at], "sequence": sequence}
+    rows, arrays = row[at - 1], {**targets, "mask": mask[at], "sequence": sequence}
     share = None
     if sharing.context_ranks > 1:
         share = context_share(documents, sharing.context_rank, sharing.context_ranks)
@@ -139,6 +142,24 @@ def build(
         **{name: put(array) for name, array in arrays.items()}, fields={name: put(a) for name, a in fields.items()},
         packing=pack(documents, sharing.device, share), numbers=numbers, places=at - 1 - (ends - lengths)[sequence],
     )  # fmt: skip
+
+
+def _targets(
+    sequences: list[Sequence], tokens: np.ndarray, at: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(place of each target among `tokens`, arrays of the targets) where the tokens `at` have a mask. With a teacher each
+    place is there k + 1 times, its own token last, so that of repeated places that one's value remains."""
+    arrays = {"targets": tokens[at]}
+    if sequences[0].behaviour is not None:
+        arrays["behaviour"] = np.concatenate([s.behaviour for s in sequences]).astype(np.float32)[at]
+    if sequences[0].teacher is not None:
+        ids, nats = (np.concatenate(parts)[at] for parts in zip(*(s.teacher for s in sequences), strict=True))
+        if ids.size and ids.max() >= vocab_size:
+            raise CuveeError(f"the teacher's token {ids.max()} is outside the model's vocabulary of {vocab_size} rows")
+        arrays["targets"] = np.concatenate([ids, tokens[at, None]], 1, dtype=np.int64).ravel()
+        arrays["teacher"] = nats.astype(np.float32)
+        at = at.repeat(ids.shape[1] + 1)
+    return at, arrays
 
 
 def _padded(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import (
     OptimizerConfig,
     ParamGroupOverride,
@@ -22,8 +26,7 @@ from stages.model.config import ModelConfig
 from stages.model.mup import lr_multiplier
 from stages.trainer.config import TrainConfig
 
-# The only form of the distributed optimizer's state that does not depend on any parallel size.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+SHARED = ("param", "exp_avg", "exp_avg_sq")  # what the distributed optimizer shares among data-parallel ranks
 
 
 class Optimizer:
@@ -56,8 +59,6 @@ class Optimizer:
                 group["fused"] = True
         self._set_main(exact)
         self._create_state()
-        if isinstance(self._part, DistributedOptimizer):
-            self._part._set_main_param_and_optimizer_states = self._set_with_step(self._part)
 
     @property
     def kind(self) -> str:
@@ -86,13 +87,9 @@ class Optimizer:
 
     def main(self, parameter: nn.Parameter) -> Tensor:
         """FP32 value of this rank's `parameter`; a collective of its data-parallel ranks."""
-        if parameter.dtype == torch.float32 or not isinstance(self._part, DistributedOptimizer):
+        if parameter.dtype == torch.float32 or self.kind == "plain":
             return getattr(parameter, "main_param", parameter).detach().float()
-        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        if parameter in self._part.model_param_gbuf_map:
-            whole.view(-1)[self._range(parameter)] = parameter.main_param
-        dist.all_reduce(whole, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return whole
+        return self._whole(parameter, "param")
 
     def _range(self, parameter: nn.Parameter) -> slice:
         """The flat part of `parameter` that this rank of the distributed optimizer has."""
@@ -121,26 +118,13 @@ class Optimizer:
                 if self._torch:
                     state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)).clone()
 
-    @staticmethod
-    def _set_with_step(part: DistributedOptimizer) -> Any:
-        """Megatron-core's own method copies every state that Adam has from the checkpoint, but torch's `step`, which is
-        no part of its tensors there, has been restored before."""
-        original = part._set_main_param_and_optimizer_states
-
-        def restore(parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-            group, order = part.model_param_group_index_map[parameter]
-            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-            steps = {"step": state["step"]} if "step" in state else {}
-            original(parameter, tensors | steps)
-
-        return restore
-
     def sharded_state(self, chunks: dict[str, nn.Module], loading: bool) -> dict[str, Any]:
-        """Sharded state dict of the model's chunks by name (those that Megatron-core knows) and of this optimizer."""
+        """Sharded state dict of the model's chunks by name and of this optimizer."""
         model = {name: chunk.sharded_state_dict() for name, chunk in chunks.items()}
         with torch.no_grad():
-            optimizer = self.inner.sharded_state_dict(model, is_loading=loading, metadata=SHARDING)
-        return {**model, "optimizer": optimizer}
+            if self.kind == "distributed":
+                return {**model, "optimizer": self._part.state_dict(), "shared": self._shared_state(model, loading)}
+            return {**model, "optimizer": self.inner.sharded_state_dict(model, is_loading=loading), "shared": []}
 
     def load(self, chunks: dict[str, nn.Module], state: dict[str, Any]) -> None:
         """Take over a state dict of the form of `sharded_state`."""
@@ -149,6 +133,50 @@ class Optimizer:
         with torch.no_grad():
             self.inner.load_state_dict(state["optimizer"])
             self._create_state()
+            for parameter, values in zip(self._parameters(), state["shared"], strict=True):
+                if self._holds(parameter):
+                    own = self._part._get_main_param_and_optimizer_states(parameter)
+                    for kind in SHARED:
+                        own[kind].copy_(values[kind].reshape(-1)[self._range(parameter)])
+
+    def _shared_state(self, model: dict[str, Any], loading: bool) -> list[dict[str, Any]]:
+        """Main weights and moments of the distributed optimizer, each in the shape and under the name of its parameter, so
+        that every layout can read them. Megatron-core's own such form ("fully_reshardable") shifts the parameters behind
+        a padded bucket, and corrupts them: buckets are padded where embeddings are shared between pipeline stages."""
+        found, _ = extract_sharded_tensors_and_factories(model)
+        like = {id(sharded.data): sharded for sharded in nested_values(found)}
+        state = []
+        for parameter in self._parameters():
+            sharded, values = like[id(parameter)], {}
+            for kind in SHARED:
+                value = torch.empty(parameter.shape)  # host memory that nobody writes to costs nothing
+                if not loading:
+                    whole = self._whole(parameter, kind)
+                    value = whole.cpu() if is_main_replica(sharded.replica_id) else value
+                named = {"key": f"optimizer.state.{kind}.{sharded.key}", "data": value}
+                if isinstance(sharded, ShardedTensor):
+                    named["dtype"] = value.dtype
+                values[kind] = replace(sharded, **named)
+            state.append(values)
+        return state
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters of this rank's part of the model, in the order of the distributed optimizer's buffers."""
+        if self.kind == "plain":
+            return []
+        return [parameter for buffer in self._part.buffers for parameter in buffer.param_index_map]
+
+    def _holds(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._part.model_param_gbuf_map
+
+    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """One of SHARED of a parameter, FP32, from the data-parallel ranks that share it."""
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        if self._holds(parameter):
+            held = self._part._get_main_param_and_optimizer_states(parameter)[kind]
+            whole.view(-1)[self._range(parameter)] = held.detach()
+        dist.all_reduce(whole, group=self._part.data_parallel_group)
+        return whole
 
 
 def _overrides(sizes: ModelConfig, chunks: list[nn.Module]) -> dict[ParamKey, ParamGroupOverride]:

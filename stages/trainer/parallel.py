@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from stages.model.config import ModelConfig
+from stages.stage import CuveeError
 from stages.trainer import layout
 from stages.trainer.config import TrainConfig
 
@@ -33,7 +34,9 @@ def on_first(make: Callable[[], T]) -> T:
         try:
             box[0] = make()
         except Exception as error:  # the others must not wait for what will not come
-            box[1] = error
+            plain = error if isinstance(error, CuveeError) else RuntimeError(f"on rank 0: {error!r}")
+            dist.broadcast_object_list([None, plain])
+            raise
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]

@@ -62,7 +62,7 @@ class Trainer:
             self.chunks = self._model(sizes, head, init, exact)
             self.wrapped = self._wrap(self.chunks)
             if config.fsdp:
-                self.optimizer = ShardedAdam(config, sizes, self.chunks[0])
+                self.optimizer = ShardedAdam(config, sizes, self.chunks)
             else:
                 self.optimizer = Optimizer(config, sizes, self.wrapped, exact)
             self.reference = None
@@ -88,7 +88,7 @@ class Trainer:
             for i in range(virtual)
         ]  # fmt: skip
         if c.fsdp and exact is not None:  # the model in training
-            as_main_weights(chunks[0])
+            as_main_weights(chunks)
         rows = weights.table(sizes, head)
         source: Any = weights.Initial(rows, c.seed)
         if folder is not None:
@@ -101,10 +101,10 @@ class Trainer:
 
     def _wrap(self, chunks: list[Model]) -> list[Any]:
         """The chunks with FP32 gradients, reduced among data-parallel ranks while the backward pass goes on."""
-        config = chunks[0].config
+        for chunk in chunks:  # each has a configuration of its own; the schedule reads the first
+            chunk.config.finalize_model_grads_func = self._finalize
         if self.config.fsdp:
-            config.finalize_model_grads_func = self._finalize
-            return [Sharded(chunks[0], self.config.precision_at(0) != "fp32")]
+            return [Sharded(chunk, self.config.precision_at(0) != "fp32") for chunk in chunks]
         replicas = dist.get_world_size(parallel_state.get_data_parallel_group(with_context_parallel=True))
         # A reward head leaves the last pipeline stage's copy of the embedding unused, for whose gradient it would wait.
         overlap = self.device.type == "cuda" and replicas > 1 and self.head == "lm"
@@ -112,12 +112,10 @@ class Trainer:
             grad_reduce_in_fp32=True, overlap_grad_reduce=overlap,
             use_distributed_optimizer=self.config.distributed_optimizer,
         )  # fmt: skip
-        wrapped = [DistributedDataParallel(config, settings, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
-        for chunk in chunks:  # each has a configuration of its own; the schedule reads the first
-            chunk.config.finalize_model_grads_func = self._finalize
-            if overlap:
-                syncs = [w.no_sync for w in wrapped]
-                chunk.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        wrapped = [DistributedDataParallel(c.config, settings, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+        if overlap:
+            syncs = [w.no_sync for w in wrapped]
+            chunks[0].config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         return wrapped
 
     def set_precision(self, name: str) -> None:
@@ -234,6 +232,8 @@ class Trainer:
                 group=batch.group,
                 fields=batch.fields,
                 reference=batch.reference,
+                behaviour=batch.behaviour,
+                teacher=batch.teacher,
                 scores=output if reward else None,
             )
         )

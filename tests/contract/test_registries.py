@@ -75,7 +75,10 @@ def test_counting_parameters_imports_no_torch():
 def test_objective(name):
     module = stages.resolve("objectives", name)
     assert dataclasses.is_dataclass(module.Config) and isinstance(module.NEEDS_REFERENCE, bool)
-    assert isinstance(module.NEEDS_SCORES, bool) and module.loss.__doc__ or module.__doc__
+    assert isinstance(module.NEEDS_SCORES, bool) and isinstance(module.NEEDS_BEHAVIOUR, bool)
+    assert module.GROUP in ("single", "pair", "completions", "revisions")
+    assert module.COUNT in ("groups", "sequences", "tokens")  # what the loss is a mean over
+    assert module.loss.__doc__ and module.__doc__
     check_config(module.Config)
 
 
@@ -95,7 +98,7 @@ def test_task(name):
         assert -1.0 <= module.verify(prompt, "") < 1.0
 
 
-@pytest.mark.parametrize("folder", ["merge/methods", "rewards", "rollout/engines", "data/blocks", "data/sources"])
+@pytest.mark.parametrize("folder", ["merge/methods", "rewards", "rollout/engines", "data/blocks", "data/sources", "data/formats", "data/executors"])
 def test_registered_modules_import_and_say_what_they_are(folder):
     for name in stages.names(folder):
         assert stages.resolve(folder, name).__doc__, f"stages/{folder}/{name}.py has no docstring"

@@ -17,7 +17,7 @@ from stages.stage import ConfigError, Kind
 from tests.golden.test_pretrain import BASE, corpus
 from tests.unit.tiny import artifact
 
-HOST = SimpleNamespace(name="here", hosts=1)
+HOST = SimpleNamespace(name="here", hosts=1, devices=2, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +78,26 @@ def test_a_refusal_is_its_sentence(tmp_path, launcher, tokens):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_killed_rank_is_a_death_by_signal(tmp_path, launcher, tokens):
-    job = launcher.launch(write_spec(tmp_path, tokens, 2), tmp_path / "log", 2)
+def started(launcher, root: Path, tokens: Path):
+    """A job of two ranks, and their processes, as soon as there are any."""
+    job = launcher.launch(write_spec(root, tokens, 2), root / "log", 2)
     while len(ranks := psutil.Process(job.pid).children()) < 2:
-        assert not job.ended.wait(0.02), (tmp_path / "log").read_text()
+        assert not job.ended.wait(0.02), (root / "log").read_text()
+    return job, ranks
+
+
+def test_a_killed_rank_is_a_death_by_signal(tmp_path, launcher, tokens):
+    job, ranks = started(launcher, tmp_path, tokens)
     ranks[1].kill()
     assert job.wait(lambda line: None) == -signal.SIGKILL
 
 
+def test_cancelling_ends_every_rank(tmp_path, launcher, tokens):
+    job, ranks = started(launcher, tmp_path, tokens)
+    job.cancel()
+    assert job.wait(lambda line: None) < 0 and psutil.wait_procs(ranks, timeout=5)[1] == []
+
+
 def test_several_hosts_are_refused():
     with pytest.raises(ConfigError, match="has 64 hosts"):
-        Launcher(SimpleNamespace(name="h100x512", hosts=64))
+        Launcher(SimpleNamespace(name="h100x512", hosts=64, devices=512, device="cpu"))

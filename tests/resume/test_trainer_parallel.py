@@ -24,7 +24,12 @@ LAYOUTS = {
     "DP2": {},
     "DP2 distributed": {"distributed_optimizer": True},
     "DP2 FSDP": {"fsdp": True},
-    "TP2+SP PP2": {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2},
+}
+PRODUCTS = {  # of four processes
+    "TP2+SP x PP2": {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2},
+    "TP2+SP x DP2 distributed": {"tensor_parallel": 2, "sequence_parallel": True, "distributed_optimizer": True},
+    "TP2+SP x DP2 FSDP": {"tensor_parallel": 2, "sequence_parallel": True, "fsdp": True},
+    "PP2 x DP2 FSDP": {"pipeline_parallel": 2, "fsdp": True},
 }
 
 
@@ -72,12 +77,17 @@ def single(tmp_path_factory, words):
 def test_equals_a_single_process(name, tmp_path, words, single):
     from safetensors.torch import load_file
 
-    world = 4 if name == "TP2+SP PP2" else 2
-    assert launch(world, tmp_path, words, steps=20, **LAYOUTS[name]) == [0] * world
+    assert launch(2, tmp_path, words, steps=20, **LAYOUTS[name]) == [0, 0]
     assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
     ours, theirs = (load_file(root / "out/model.safetensors") for root in (tmp_path, single))
     assert ours.keys() == theirs.keys()
     assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-3
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_begin_as_a_single_process(name, tmp_path, words, single):
+    assert launch(4, tmp_path, words, steps=20, save_every=0, die_at=8, **PRODUCTS[name]) == [-9] * 4
+    assert losses(tmp_path) == pytest.approx(losses(single)[:8], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["pull", "regress"])
@@ -89,22 +99,25 @@ def test_references_and_reward_heads_equal_a_single_process(kind, tmp_path, word
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "single"), rel=1e-4), name
 
 
-@pytest.mark.parametrize("before, after", [
-    ((2, {"tensor_parallel": 2}), (1, {})),
-    ((1, {}), (2, {"tensor_parallel": 2, "sequence_parallel": True})),
-    ((2, {"pipeline_parallel": 2, "virtual_pipeline": 2}), (2, {"tensor_parallel": 2})),
-    ((2, {"distributed_optimizer": True}), (1, {"distributed_optimizer": True})),
-    ((1, {"distributed_optimizer": True}), (2, {"distributed_optimizer": True, "tensor_parallel": 2})),
-    ((2, {"fsdp": True}), (1, {"fsdp": True})),
-], ids=["TP2-single", "single-TP2+SP", "PP2 VPP2-TP2", "distributed DP2-DP1", "distributed DP1-TP2", "FSDP DP2-DP1"])  # fmt: skip
-def test_a_checkpoint_goes_on_in_another_layout(before, after, tmp_path, words, single):
-    """Killed in one layout, resumed in another: the losses of the uninterrupted single process."""
-    (world, layout), (other, changed) = before, after
-    assert launch(world, tmp_path, words, steps=20, save_every=8, die_at=10, **layout) == [-9] * world
-    assert launch(other, tmp_path, words, steps=20, save_every=8, **changed) == [0] * other
+SHARED, FSDP = {"distributed_optimizer": True}, {"fsdp": True}
+CHAINS = {
+    "plain": [(2, LAYOUTS["TP2"]), (1, {}), (2, LAYOUTS["PP2 VPP2"]), (2, LAYOUTS["TP2+SP"])],
+    "distributed": [(2, SHARED), (1, SHARED), (4, SHARED | LAYOUTS["PP2 VPP2"]), (2, SHARED | LAYOUTS["TP2"])],
+    "FSDP": [(2, FSDP), (1, FSDP)],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_checkpoint_goes_on_in_another_layout(name, tmp_path, words, single):
+    """Killed in one layout, resumed in another, and again: the losses of the uninterrupted single process."""
+    *killed, (last, layout) = CHAINS[name]
+    for i, (world, changed) in enumerate(killed):
+        options = {"steps": 20, "save_every": 4, "die_at": 5 + 5 * i}  # 1, 2, 3 steps after the newest checkpoint
+        assert launch(world, tmp_path, words, **options, **changed) == [-9] * world
+    assert launch(last, tmp_path, words, steps=20, save_every=4, **layout) == [0] * last
     points = [json.loads(x) for x in (tmp_path / "scratch/metrics.jsonl").read_text().splitlines()]
     found = {point["step"]: point["loss"] for point in points}
-    assert [point["step"] for point in points].count(9) == 2  # the checkpoint of step 8 was the newest
+    assert len(points) == 20 + sum(range(1, len(killed) + 1))
     assert [found[step] for step in range(1, 21)] == pytest.approx(losses(single), abs=1e-5)
 
 

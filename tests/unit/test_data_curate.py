@@ -98,7 +98,7 @@ def test_a_folder_of_ones_own(folder, tmp_path, monkeypatch):
     assert reasons["docs/a.jsonl#5"] == ("read", "record is not JSON")
     assert reasons["docs/t.parquet#2"] == ("read", "record without a text field")
     assert reasons["docs/photo.png"] == ("read", "binary file: .png")
-    assert reasons["docs/cut.txt.gz"] == ("read", "damaged gzip file")
+    assert reasons["docs/cut.txt.gz"] == ("read", "damaged gz file")
     assert reasons["docs/broken.parquet"][1].startswith("damaged Parquet file")
     assert len(reasons) == 9 and not any("hidden" in name or ".git" in name for name in (kept | removed))
     table = json.loads((out / "table.json").read_text())
@@ -166,10 +166,11 @@ def test_limits(folder, tmp_path):
 
 def test_benchmarks_are_kept_out(folder, tmp_path):
     (tmp_path / "bench.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": prose(5)}], "answer": "yes"}))
-    out, _ = run(tmp_path, sources=[str(folder)], benchmarks=[str(tmp_path / "bench.jsonl")])
-    removed = ids(out, "removed")
-    assert removed["docs/note5.txt"]["block"] == "decontaminate" and "bench.jsonl#1" in removed["docs/note5.txt"]["reason"]
-    assert not any(name.startswith("bench") for split in ("train", "heldout", "removed") for name in ids(out, split))
+    for blocks in (["minhash", "split"], ["split", "decontaminate"]):
+        out, _ = run(tmp_path, sources=[str(folder)], benchmarks=[str(tmp_path / "bench.jsonl")], blocks=blocks)
+        removed = ids(out, "removed")
+        assert removed["docs/note5.txt"]["block"] in blocks and "bench.jsonl#1" in removed["docs/note5.txt"]["reason"]
+        assert not any(name.startswith("bench") for split in ("train", "heldout", "removed") for name in ids(out, split))
 
 
 def test_the_default_corpus(tmp_path):

@@ -175,3 +175,69 @@ def test_special_tokens_in_a_document_are_text(tmp_path, made):
     tokens.run(tokens.Config(), inputs, out, Context(tmp_path))
     ids = IndexedTokens(out / "train-prose").document(0).tolist()
     assert ids[0] == 5 and not set(ids[1:]) & set(range(len(SPECIAL_TOKENS)))
+
+
+def test_token_files_do_not_depend_on_the_workers_and_go_on_after_a_crash(made, tmp_path, monkeypatch):
+    """Each file of the corpus is encoded once, whoever does it; what is done before a crash stays done."""
+    import shutil
+
+    import pyarrow.parquet
+
+    split = tmp_path / "corpus"
+    split.mkdir()
+    table = pyarrow.parquet.read_table(next(made["corpus"].path.glob("train-*.parquet")))
+    for i in range(5):
+        part = table.slice(i * len(table) // 5, (i + 1) * len(table) // 5 - i * len(table) // 5)
+        pyarrow.parquet.write_table(part, split / f"train-{i:05d}.parquet")
+    shutil.copy(next(made["corpus"].path.glob("heldout-*.parquet")), split / "heldout-00000.parquet")
+    inputs = {**made, "corpus": artifact(split, Kind.CORPUS)}
+
+    def run(name, **values):
+        for folder in ("out", "scratch"):
+            (tmp_path / name / folder).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(tmp_path / name / "out")
+        (tmp_path / name / "out").mkdir()
+        tokens.run(tokens.Config(**values), inputs, tmp_path / name / "out", Context(tmp_path / name / "scratch"))
+        return {path.name: path.read_bytes() for path in (tmp_path / name / "out").glob("*.*")}
+
+    expected = run("one", workers=1)
+    assert run("two", workers=2) == expected
+    (tmp_path / "one" / "scratch" / "tokens" / "train-00003.json").unlink()
+    done = []
+    encode = tokens._encode_file
+    monkeypatch.setattr(tokens, "_encode_file", lambda *args: done.append(args[-1]) or encode(*args))
+    assert run("one", workers=1) == expected and len(done) == 1
+
+
+def test_remembered_words_have_the_ids_of_the_whole_text(made):
+    """Word by word and at once give the same, for every text of the corpus, for damage and for random characters."""
+    import random
+
+    from tokenizers import Tokenizer
+
+    from stages.data import corpus
+    from stages.data.encoder import Encoder
+
+    file = made["tokenizer"].path / "tokenizer.json"
+    encoder, plain = Encoder(file), Tokenizer.from_file(str(file))
+    plain.encode_special_tokens = True
+    rng = random.Random(0)
+    alphabet = [*"abcXYZ012 \n\t'’\"_-.,;:é漢ไ한½²\u00a0\u3000\u200b\x00😀", " ", " ", " a", "'s", " 's", "  ", "\n\n"]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 60))) for _ in range(3000)]
+    texts += [tokenizer.STRESS, "".join(SPECIAL_TOKENS), "see <BOS_TOKEN> and <PAD>", "", " ", "a" * 500]
+    texts += [document["text"] for split in ("train", "heldout") for document in corpus.documents(made["corpus"].path, split)]
+    assert encoder.known and encoder.words == {}
+    for _ in range(2):  # first met, then remembered
+        found = encoder(texts)
+        assert [ids.tolist() for ids in found] == [one.ids for one in plain.encode_batch_fast(texts)]
+    assert encoder.words and max(map(len, encoder.words)) <= 40
+
+
+def test_a_tokenizer_from_elsewhere_encodes_as_it_is(made, tmp_path):
+    from stages.data.encoder import Encoder
+
+    settings = json.loads((made["tokenizer"].path / "tokenizer.json").read_text())
+    settings["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+    (tmp_path / "t.json").write_text(json.dumps(settings))
+    encoder = Encoder(tmp_path / "t.json")
+    assert not encoder.known and encoder(["one two"])[0].tolist() == encoder.tokenizer.encode("one two").ids

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from objective_formulas import FORMULAS
 
 from stages import stage
 from stages.trainer.batch import Loss, Packed
@@ -12,16 +13,16 @@ from stages.trainer.batch import Loss, Packed
 NAMES = stage.names("objectives")
 
 
-def pack(groups, reference=True, scores=False, dtype=torch.float32):
-    """groups: [[{"logp": [...], "ref": [...], "score": r, **fields}, ...], ...] -> (Packed, its leaf tensor).
-
-    "mask" may be given; the leaf is logprobs, or scores if asked for."""
+def pack(groups, objective, dtype=torch.float32):
+    """groups: [[{"logp": [...], "ref": [...], "old": [...], "score": r, **fields}, ...], ...] -> (Packed, its leaf
+    tensor), with what the objective needs. "mask" may be given; the leaf is logprobs, or scores if needed. For distill
+    logp is that of 2 teacher's tokens and the own one in turn, "old" has the teacher's."""
     flat = [(g, s) for g, group in enumerate(groups) for s in group]
     lengths = [len(s["logp"]) for _, s in flat]
     cat = lambda key, fill: torch.tensor(  # noqa: E731
         [v for _, s in flat for v in s.get(key, [fill] * len(s["logp"]))], dtype=dtype
     )
-    names = [k for k in flat[0][1] if k not in ("logp", "ref", "mask", "score")]
+    names = [k for k in flat[0][1] if k not in ("logp", "ref", "old", "mask", "score")]
     leaf = cat("logp", 0.0).requires_grad_()
     packed = Packed(
         logprobs=leaf,
@@ -29,16 +30,19 @@ def pack(groups, reference=True, scores=False, dtype=torch.float32):
         sequence=torch.repeat_interleave(torch.arange(len(flat)), torch.tensor(lengths)),
         group=torch.tensor([g for g, _ in flat]),
         fields={name: torch.tensor([s[name] for _, s in flat], dtype=dtype) for name in names},
-        reference=cat("ref", 0.0) if reference else None,
+        reference=cat("ref", 0.0) if objective.NEEDS_REFERENCE else None,
+        behaviour=cat("old", 0.0) if objective.NEEDS_BEHAVIOUR else None,
     )
-    if scores:
+    if objective.__name__.endswith("distill"):
+        packed.teacher = cat("old", 0.0).view(-1, 3)[:, :2]
+    if objective.NEEDS_SCORES:
         leaf = packed.scores = torch.tensor([s["score"] for _, s in flat], dtype=dtype).requires_grad_()
     return packed, leaf
 
 
 def value(name, groups, **options) -> float:
     objective = stage.resolve("objectives", name)
-    batch, _ = pack(groups, objective.NEEDS_REFERENCE, objective.NEEDS_SCORES)
+    batch, _ = pack(groups, objective)
     result = objective.loss(batch, objective.Config(**options))
     return float(result.sum) / float(result.count)
 
@@ -58,18 +62,20 @@ def example(name, rng, groups=5):
     roles = {
         "single": [{}],
         "pair": [{"chosen": 1.0, "label": 0.8, "margin": 0.2}, {"chosen": 0.0, "label": 0.0, "margin": 0.0}],
-        "completions": [{"reward": None}] * 3,
+        "completions": [{"reward": None, "baseline": 0.3}] * 3,
         "revisions": [{"chosen": c, "draft": d} for c, d in ((1, -1), (0, -1), (1, 0), (0, 1), (0, 0), (1, 1))],
     }[kind]
     made = []
     for _ in range(groups):
         made.append([])
         for role in roles:
-            n = int(rng.integers(1, 5))
+            n = int(rng.integers(1, 5)) * (3 if name == "distill" else 1)
             fields = {k: float(rng.normal()) if v is None else float(v) for k, v in role.items()}
+            logp = -rng.exponential(size=n)
             made[-1].append(
                 {
-                    "logp": list(-rng.exponential(size=n)),
+                    "logp": list(logp),
+                    "old": list(logp + 0.3 * rng.normal(size=n)),  # ratios on both sides of every clip
                     "ref": list(-rng.exponential(size=n)),
                     "score": float(rng.normal()),
                     **fields,
@@ -122,8 +128,8 @@ def test_bradley_terry_golden_values(winner, loser, fields, options, expected):
 def test_copg_gradient_is_the_leave_one_out_advantage():
     """A = (.717, -.72, .003) by hand; rescaled, the gradient on each log-probability is -A."""
     rows = ((1.0, -5.0, -5.5), (0.0, -6.0, -5.8), (0.5, -7.0, -7.1))
-    batch, leaf = pack([[{"logp": [p], "ref": [q], "reward": r} for r, p, q in rows]])
     copg = stage.resolve("objectives", "copg")
+    batch, leaf = pack([[{"logp": [p], "ref": [q], "reward": r} for r, p, q in rows]], copg)
     copg.loss(batch, copg.Config(beta=0.06)).sum.backward()
     assert leaf.grad.tolist() == pytest.approx([-0.717, 0.72, -0.003], abs=1e-6)
 
@@ -139,36 +145,10 @@ def test_copg_with_rewards_half_apart_is_ipo_times_beta_squared():
     assert value("copg", groups, beta=0.2, rescale=False) == pytest.approx(0.2**2 * ipo, rel=1e-5)
 
 
-def in_numpy(name, groups):
-    """The formulas again, pair by pair in float64, as TRL's trainers and the papers write them."""
-    ratio = lambda s: float(np.sum(np.array(s["logp"]) - np.array(s["ref"])))  # noqa: E731
-    softplus = lambda x: math.log1p(math.exp(-x))  # noqa: E731  # -log sigmoid
-    if name == "ce":
-        return -np.mean([x for (s,) in groups for x in s["logp"]])
-    terms = []
-    for g in groups:
-        if name == "bradley_terry":
-            z = g[0]["score"] - g[1]["score"] - g[0]["margin"]
-            terms.append(0.8 * softplus(z) + 0.2 * softplus(-z))
-        elif name == "dpo":
-            terms.append(softplus(0.1 * (ratio(g[0]) - ratio(g[1]))))
-        elif name == "ipo":
-            terms.append((ratio(g[0]) / len(g[0]["logp"]) - ratio(g[1]) / len(g[1]["logp"]) - 5) ** 2)
-        elif name == "copg":
-            r = [s["reward"] - 0.06 * ratio(s) for s in g]
-            terms.append(sum((r[i] - r[j]) ** 2 for i in range(3) for j in range(i)) / 2 / 0.12)
-        else:
-            w, low, wl, lw, ll, ww = map(ratio, g)
-            policy = (0.5 - 0.005 * (w - low + wl - lw)) ** 2
-            reviser = 0.5 * ((0.5 - 0.01 * (wl - ll)) ** 2 + (0.5 - 0.01 * (ww - lw)) ** 2)
-            terms.append(0.75 * policy + 0.25 * reviser)
-    return np.mean(terms)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_formula_in_numpy(name):
     groups = example(name, np.random.default_rng(2), 20)
-    assert value(name, groups) == pytest.approx(in_numpy(name, groups), rel=1e-5)
+    assert value(name, groups) == pytest.approx(FORMULAS[name](groups), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,7 +158,7 @@ def test_gradient_equals_float64(name):
     groups = example(name, np.random.default_rng(3))
     grads = {}
     for dtype in (torch.float32, torch.float64):
-        batch, leaf = pack(groups, objective.NEEDS_REFERENCE, objective.NEEDS_SCORES, dtype)
+        batch, leaf = pack(groups, objective, dtype)
         objective.loss(batch, objective.Config()).sum.backward()
         grads[dtype] = leaf.grad
     torch.testing.assert_close(grads[torch.float32].double(), grads[torch.float64], rtol=1e-4, atol=1e-5)
@@ -203,12 +183,14 @@ def test_does_not_depend_on_microbatches_or_packing(name):
     def totals(*batches) -> dict[str, float]:
         found: dict[str, float] = {}
         for batch in batches:
-            packed, _ = pack(batch, objective.NEEDS_REFERENCE, objective.NEEDS_SCORES, torch.float64)
+            packed, _ = pack(batch, objective, torch.float64)
             result = objective.loss(packed, objective.Config())
             assert isinstance(result, Loss)
-            for key, number in {"loss": result.sum, "count": result.count, **result.metrics}.items():
-                assert not getattr(number, "requires_grad", False) or key == "loss"
-                found[key] = found.get(key, 0.0) + float(number)
+            for key, numbers in {"loss": result.sum, "count": result.count, **result.metrics}.items():
+                for i, number in enumerate(numbers if isinstance(numbers, tuple) else (numbers,)):
+                    assert not getattr(number, "requires_grad", False) or key == "loss"
+                    name = f"{key} {i}" if i else key
+                    found[name] = found.get(name, 0.0) + float(number)
         return found
 
     whole = totals(groups)
@@ -216,7 +198,9 @@ def test_does_not_depend_on_microbatches_or_packing(name):
     assert totals(groups[:3], groups[3:]) == pytest.approx(whole)
     shuffled = [[g[i] for i in rng.permutation(len(g))] for g in (groups[i] for i in rng.permutation(7))]
     assert totals(shuffled) == pytest.approx(whole)
-    assert whole["count"] == (sum(len(s["logp"]) for (s,) in groups) if name == "ce" else 7)
+    tokens, sequences = sum(len(s["logp"]) for g in groups for s in g), sum(map(len, groups))
+    tokens //= 3 if name == "distill" else 1
+    assert whole["count"] == {"tokens": tokens, "sequences": sequences, "groups": 7}[objective.COUNT]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -226,23 +210,24 @@ def test_all_masked_batch_is_zero_without_nan(name, targets):
     groups = example(name, np.random.default_rng(5))
     for sequence in (s for g in groups for s in g):
         if targets == "none":
-            sequence["logp"], sequence["ref"] = [], []
+            sequence["logp"], sequence["ref"], sequence["old"] = [], [], []
         sequence["mask"] = [0.0] * len(sequence["logp"])
-    batch, leaf = pack(groups, objective.NEEDS_REFERENCE, objective.NEEDS_SCORES)
+    batch, leaf = pack(groups, objective)
     result = objective.loss(batch, objective.Config())
     result.sum.backward()
     assert float(result.sum) == 0 and float(result.count) == 0
     assert leaf.grad is None or bool((leaf.grad == 0).all())
-    assert all(float(v) == 0 for v in result.metrics.values())
+    assert all(float(v) == 0 for value in result.metrics.values() for v in (value if isinstance(value, tuple) else [value]))
 
 
-def test_a_sequence_without_targets_leaves_its_group_only():
-    groups = example("copg", np.random.default_rng(6), 2)
+@pytest.mark.parametrize("name", ["copg", "dapo", "grpo", "mdloo", "rloo"])
+def test_a_sequence_without_targets_leaves_its_group_only(name):
+    groups = example(name, np.random.default_rng(6), 2)
     fewer = [groups[0], groups[1][:2]]
     groups[1][2]["mask"] = [0.0] * len(groups[1][2]["logp"])
-    assert value("copg", groups) == pytest.approx(value("copg", fewer), rel=1e-6)
+    assert value(name, groups) == pytest.approx(value(name, fewer), rel=1e-6)
     single = [groups[0], groups[1][:1]]
-    assert value("copg", single) == pytest.approx(value("copg", [groups[0]]), rel=1e-6), "k = 1 contrasts nothing"
+    assert value(name, single) == pytest.approx(value(name, [groups[0]]), rel=1e-6), "k = 1 contrasts nothing"
 
 
 def bandit(objective, config, steps=500, batch=512, lr=0.02):

@@ -169,11 +169,12 @@ def test_reward_model_learns_the_preference_and_rewards_by_it(speaker, pairs, pr
 
 @pytest.mark.parametrize("objective, options, lr", [
     ("dpo", {}, 0.003), ("ipo", {}, 0.003), ("ipo", {"average": False}, 0.003), ("srpo", {"beta": 0.05}, 0.003),
-    ("copg", {"beta": 0.1}, 0.003),
+    ("copg", {"beta": 0.1}, 0.003), ("slic", {}, 0.003), ("kto", {}, 0.003),
 ])  # fmt: skip
 def test_preference_prefers_what_was_rewarded(speaker, pairs, tmp_path, objective, options, lr):
     values = {**COMMON, "steps": 15, "batch_groups": 16, "lr": lr, "objective": objective, "options": options}
-    run("train.preference", {**values, "sft_weight": 0.1}, tmp_path / "out", init=speaker, pairs=pairs)
+    values["sft_weight"] = 0.0 if objective == "kto" else 0.1
+    run("train.preference", values, tmp_path / "out", init=speaker, pairs=pairs)
     assert preferred(tmp_path / "out", pairs) > preferred(speaker.path, pairs) + 0.3
 
 

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.data.document import Document
-from stages.data.text import ngrams
+from stages.data.join import Keys, State, in_order
+from stages.data.words import ngrams
 from stages.stage import ConfigError, option
+
+AFTER_APPLY = True  # who is protected is known once the split is applied
+ROW = [("document", np.int64), ("hash", np.uint64), ("benchmark", bool)]
+BITS = 24
 
 
 @dataclass
@@ -21,29 +26,63 @@ def check(config: Config) -> None:
         raise ConfigError(f"options.decontaminate.ngram: {config.ngram} is below 1; 13 is usual")
 
 
-def select(documents: list[Document], config: Config) -> list[str]:
-    """A reason to remove each training document, or "". Protected is every document of another split than "train".
+def keys(documents: list[Document], config: Config) -> np.ndarray:
+    """The n-grams of held-out and benchmark documents. One shorter than an n-gram protects nothing."""
+    protected = [i for i, document in enumerate(documents) if document.split in ("heldout", "benchmark")]
+    parts = []
+    for hashes, text in ngrams([documents[i].text for i in protected], config.ngram):
+        rows = np.empty(len(hashes), ROW)
+        rows["document"], rows["hash"] = np.array(protected)[text], hashes
+        rows["benchmark"] = np.array([document.split == "benchmark" for document in documents])[rows["document"]]
+        parts.append(rows)
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0, ROW)
 
-    A protected text shorter than one n-gram protects nothing.
-    """
-    protected = [document for document in documents if document.split != "train"]
-    grams = [ngrams(document.text, config.ngram) for document in protected]
-    owners = np.repeat(np.arange(len(grams)), [len(gram) for gram in grams])
-    hashes = np.concatenate([*grams, np.empty(0, np.uint64)])
-    order = np.argsort(hashes, kind="stable")
-    hashes, owners = hashes[order], owners[order]
-    sizes = np.array([max(len(gram), 1) for gram in grams])
 
-    def reason(document: Document) -> str:
-        own = ngrams(document.text, config.ngram)
-        left, right = np.searchsorted(hashes, own, "left"), np.searchsorted(hashes, own, "right")
-        hits = [owners[a:b] for a, b in zip(left, right, strict=True) if b > a]
-        if not hits:
-            return ""
-        shares = np.bincount(np.concatenate(hits), minlength=len(sizes)) / sizes
-        worst = int(shares.argmax())
-        share = max(float(shares[worst]), len(hits) / len(own))
-        found = f"overlap with {protected[worst].split}: {protected[worst].id} ({share:.0%})"
-        return found if share > config.overlap else ""
+def join(keys: Keys, config: Config, state: State) -> None:
+    """`hashes` in order, `owners`, the places of their documents; `sizes`, the n-grams of each protected document."""
+    total = sum(len(rows) for rows in keys.parts())
+    hashes, owners = state.array("hashes", np.uint64, total), state.array("owners", np.int64, total)
+    sizes, benchmark = state.array("sizes", np.int32, keys.count), state.array("benchmark", bool, keys.count)
+    start = 0
+    for rows in in_order(keys, state.folder):
+        hashes[start : start + len(rows)], owners[start : start + len(rows)] = rows["hash"], rows["document"]
+        np.add.at(sizes, rows["document"], 1)
+        if len(rows):
+            benchmark[rows["document"]] = rows["benchmark"]
+        start += len(rows)
 
-    return [reason(document) if document.split == "train" and len(hashes) else "" for document in documents]
+
+def apply(documents: list[Document], places: np.ndarray, config: Config, state: State) -> list[str]:
+    """A reason to remove each training document that shares too much with a protected one."""
+    reasons = [""] * len(documents)
+    hashes, training = state["hashes"], [i for i, document in enumerate(documents) if document.split == "train"]
+    if not len(hashes):
+        return reasons
+    table = _table(state)
+    for grams, text in ngrams([documents[i].text for i in training], config.ngram):
+        maybe = np.flatnonzero(table[grams >> np.uint64(64 - BITS)])
+        found = np.minimum(np.searchsorted(hashes, grams[maybe]), len(hashes) - 1)
+        for i in np.unique(text[maybe[hashes[found] == grams[maybe]]]).tolist():
+            reasons[training[i]] = reasons[training[i]] or _reason(np.unique(grams[text == i]), hashes, state, config)
+    return reasons
+
+
+def _table(state: State) -> np.ndarray:
+    """bool [2^BITS]: leading bits of protected n-grams. One look tells most others apart."""
+    if "table" not in state.arrays:
+        state.arrays["table"] = np.zeros(1 << BITS, bool)
+        state.arrays["table"][state["hashes"] >> np.uint64(64 - BITS)] = True
+    return state.arrays["table"]
+
+
+def _reason(own: np.ndarray, hashes: np.ndarray, state: State, config: Config) -> str:
+    left, right = np.searchsorted(hashes, own, "left"), np.searchsorted(hashes, own, "right")
+    hits = [state["owners"][a:b] for a, b in zip(left, right, strict=True) if b > a]
+    owners, counts = np.unique(np.concatenate(hits), return_counts=True)
+    shares = counts / state["sizes"][owners]
+    worst = int(shares.argmax())
+    share = max(float(shares[worst]), len(hits) / len(own))
+    if share <= config.overlap:
+        return ""
+    split = "benchmark" if state["benchmark"][owners[worst]] else "heldout"
+    return f"overlap with {split}: {state.id(int(owners[worst]))} ({share:.0%})"

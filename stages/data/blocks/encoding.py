@@ -1,8 +1,9 @@
-"""Encoding repair: mojibake undone (ftfy), control characters and odd line ends gone, composed characters (NFC)."""
+"""Encoding repair: mojibake undone (ftfy; for Korean read as Thai, see _korean.py), control characters and odd line ends gone, composed characters (NFC)."""
 
 import unicodedata
 from dataclasses import dataclass
 
+from stages.data.blocks import _korean
 from stages.data.document import Document
 from stages.stage import option
 
@@ -27,6 +28,8 @@ def clean(document: Document, config: Config) -> str:
 def _mojibake(text: str) -> str:
     if text.isascii():
         return text
+    if (korean := _korean.repair(text)) is not None:
+        return korean
     import ftfy
     from ftfy.badness import is_bad
 

@@ -2,16 +2,34 @@
 
 from hashlib import blake2b
 
+import numpy as np
+
 from stages.data.document import Document
+from stages.data.join import Keys, State, equal
 from stages.data.text import normalised
 
+ROW = [("document", np.int64), ("hash", np.uint64)]
 
-def select(documents: list[Document], config: None) -> list[str]:
-    """A reason to remove each document, or "". The order of the sources is their priority."""
-    seen: dict[bytes, str] = {}
-    reasons = []
-    for document in documents:
-        key = blake2b(normalised(document.text).encode("utf-8", "replace"), digest_size=16).digest()
-        first = seen.setdefault(key, document.id)
-        reasons.append("" if first == document.id else f"same text: {first}")
-    return reasons
+
+def keys(documents: list[Document], config: None) -> np.ndarray:
+    """A row a document: 64 bits of the normalised text's BLAKE2b."""
+    rows = np.empty(len(documents), ROW)
+    rows["document"] = np.arange(len(documents))
+    for i, document in enumerate(documents):
+        rows["hash"][i] = int.from_bytes(blake2b(normalised(document.text).encode(), digest_size=8).digest())
+    return rows
+
+
+def join(keys: Keys, config: None, state: State) -> None:
+    """`first`: the place of the first equal document. The order of the sources is their priority."""
+    first = state.array("first", np.int64, keys.count)
+    first[:] = np.arange(keys.count)
+    for later, earliest in equal(keys, state.folder):
+        first[later] = earliest
+    state.array("removed", bool, keys.count)[:] = first != np.arange(keys.count)
+
+
+def apply(documents: list[Document], places: np.ndarray, config: None, state: State) -> list[str]:
+    """The reason names the document that stays."""
+    found = zip(state["first"][places].tolist(), places.tolist(), strict=True)
+    return ["" if first == place else f"same text: {state.id(first)}" for first, place in found]

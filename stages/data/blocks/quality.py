@@ -10,21 +10,32 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.data.document import Document
-from stages.data.text import UNSPACED, rolling, units
+from stages.data.text import SPACELESS, rolling, units
 from stages.stage import option
 
 # Function words: a text without any is a list, not prose. Languages not named here (no spaces, attached particles) are not asked.
 STOP_WORDS = {
-    "en": "the be to of and that have with", "fr": "le la les de et un que dans", "es": "el la los de y que en un",
-    "it": "il la di e che un per non", "de": "der die das und ist zu den nicht", "pt": "o a os de e que em um",
-    "nl": "de het een en van dat is niet", "pl": "i w na z do nie się to", "cs": "a v na se je to že do",
-    "ro": "și de la în a cu pe nu", "ru": "и в на не что с по это", "uk": "і в на не що з та до",
-    "tr": "ve bir bu da de için ile", "id": "dan yang di dengan untuk ini dari", "vi": "và của là có các một trong",
-    "el": "και το να η ο του της με", "hi": "के का की में है और से को", "fa": "و در به از که این را است",
+    "en": "the be to of and that have with",
+    "fr": "le la les de et un que dans une des en du est pour il par sur ne",
+    "es": "el la los de y que en un una las del es se por con no para su",
+    "it": "il la di e che un per non una in del è si con gli alla le dei",
+    "de": "der die das und ist zu den nicht von mit sie sind an ein eine des sich auf",
+    "pt": "o a os de e que em um uma do da para com não se no por as",
+    "nl": "de het een en van dat is niet in op te zijn met voor aan er die worden",
+    "pl": "i w na z do nie się to że jest o są od po pod ich za oraz",
+    "cs": "a v na se je to že do o s z i jsou si ve pro za od",
+    "ro": "și de la în a cu pe nu sunt o un din care pentru ce mai este lor",
+    "ru": "и в на не что с по это как от из все они но для к о своем",
+    "uk": "і в на не що з та до як від у за всі вони це для своїй про",
+    "tr": "ve bir bu da de için ile olarak bakımından en daha gibi her ne çok kadar o eşit",
+    "id": "dan yang di dengan untuk ini dari tidak ke pada adalah itu karena bisa akan sudah dalam juga",
+    "vi": "và của là có các một trong được cho không với người những này đều đó về ra",
+    "el": "και το να η ο του της με στην για οι είναι από που σε τα στη την",
+    "hi": "के का की में है और से को हैं पर ने यह एक भी नहीं कि हो तथा",
+    "fa": "و در به از که این را است با برای آن می هم یک لحاظ هر تا بر",
 }
 BOILERPLATE = re.compile(r"javascript|cookie policy|terms of use|all rights reserved", re.IGNORECASE)
 GENERATED = re.compile(r"auto-?generated|generated (by|from|automatically)|do not edit", re.IGNORECASE)
-SPACELESS = re.compile(f"[{UNSPACED}]")
 PAGE = 1000  # words
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}

@@ -2,10 +2,16 @@
 
 from dataclasses import dataclass
 from hashlib import sha256
+from zlib import crc32
+
+import numpy as np
 
 from stages.data.document import Document
+from stages.data.join import Keys, State
 from stages.data.text import normalised
 from stages.stage import ConfigError, option
+
+ROW = [("document", np.int64), ("hash", np.uint64), ("domain", np.uint32)]
 
 
 @dataclass
@@ -20,20 +26,33 @@ def check(config: Config) -> None:
         raise ConfigError(f"options.split.heldout: {config.heldout} is no share below 1; try 0.01")
 
 
-def select(documents: list[Document], config: Config) -> list[str]:
-    """Sets `split` in place and removes nothing. A domain of two groups or more always has one held out."""
-    groups: dict[str, dict[str, float]] = {}
-    keys = []
-    for document in documents:
+def keys(documents: list[Document], config: Config) -> np.ndarray:
+    """A row a document: 64 bits of the group's hash (of the content, where it has none), and the domain's."""
+    rows = np.empty(len(documents), ROW)
+    for i, document in enumerate(documents):
         key = document.group and f"{document.source}/{document.group}" or normalised(document.text)
         digest = sha256(f"{config.seed}:{key}".encode("utf-8", "replace")).digest()
-        keys.append(key)
-        groups.setdefault(document.domain, {})[key] = int.from_bytes(digest[:8], "big") / 2**64
-    heldout = {key for values in groups.values() for key, value in values.items() if value < config.heldout}
-    for values in groups.values():
-        if len(values) > 1 and config.heldout > 0 and not heldout & values.keys():
-            heldout.add(min(values, key=lambda key: (values[key], key)))
-    for document, key in zip(documents, keys, strict=True):
+        rows[i] = i, int.from_bytes(digest[:8], "big"), crc32(document.domain.encode())
+    return rows
+
+
+def join(keys: Keys, config: Config, state: State) -> None:
+    """`heldout`: whether each document is; a share of the hashes. A domain of two groups or more always has one."""
+    limit = int(config.heldout * 2**64)
+    least: dict[int, set[int]] = {}  # the two smallest hashes of each domain
+    for rows in keys.parts():
+        for domain in np.unique(rows["domain"]).tolist():
+            found = np.unique(rows["hash"][rows["domain"] == domain])[:2].tolist()
+            least[domain] = set(sorted(least.get(domain, set()) | set(found))[:2])
+    forced = [min(hashes) for hashes in least.values() if len(hashes) > 1 and config.heldout > 0]
+    heldout = state.array("heldout", bool, keys.count)
+    for rows in keys.parts():
+        heldout[rows["document"]] = (rows["hash"] < limit) | np.isin(rows["hash"], np.array(forced, np.uint64))
+
+
+def apply(documents: list[Document], places: np.ndarray, config: Config, state: State) -> list[str]:
+    """Sets `split` in place and removes nothing."""
+    for document, heldout in zip(documents, state["heldout"][places].tolist(), strict=True):
         if not document.split:
-            document.split = "heldout" if key in heldout else "train"
+            document.split = "heldout" if heldout else "train"
     return [""] * len(documents)

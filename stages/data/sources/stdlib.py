@@ -9,8 +9,9 @@ from itertools import islice
 from typing import Any
 
 from stages.data.document import Document
+from stages.data.formats.text import decode
 from stages.data.sources import _files
-from stages.data.sources._files import Entry, decode
+from stages.data.sources._files import Entry
 from stages.stage import CuveeError
 
 # Tests are broken on purpose, third-party packages differ from machine to machine, so do _sysconfigdata files.

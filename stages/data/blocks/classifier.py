@@ -1,0 +1,138 @@
+"""A quality classifier trained on the spot: documents like the user's good ones, against the corpus' own mean.
+
+Logistic regression over hashed words and word pairs (log counts, unit length), as FastText's supervised mode does with
+n-grams. Good documents come from `good` (files, folders, s3://); the others are a sample of the corpus. The score is the
+probability at even odds: `min_score` removes what is below, `upsample` repeats what is above ("educational" documents).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stages.data.document import Document
+from stages.data.join import Keys, State
+from stages.data.source import find
+from stages.data.words import cut, spans
+from stages.stage import ConfigError, option, placement
+
+BITS = 18  # of a feature
+ROW = [("document", np.int64), ("feature", np.int32), ("value", np.float32)]
+STEPS, RATE, MOMENTUM, DECAY, MIN_DOCUMENTS = 200, 2.0, 0.9, 1e-4, 3
+
+
+@dataclass
+class Config:
+    good: list[str] = placement([], "files, folders, s3:// prefixes with documents as they should be")
+    sample: float = option(0.01, "share of the corpus that stands for the others")
+    sample_characters: int = option(4000, "characters looked at in each document")
+    min_score: float = option(0.1, "smallest score of a document that stays; 0 = all stay")
+    upsample: list[Any] = option([], "[smallest score, copies in the training split], e.g. [[0.9, 3]]")
+    seed: int = option(0, "decides the sample")
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for shares out of range or scores that are no numbers."""
+    if not 0 < config.sample <= 1 or not 0 <= config.min_score < 1:
+        raise ConfigError(f"options.classifier: sample {config.sample} and min_score {config.min_score} must lie "
+                          "between 0 and 1")
+    for step in config.upsample:
+        if len(step) != 2 or not 0 <= step[0] <= 1 or step[1] < 1:
+            raise ConfigError(f"options.classifier.upsample: {step} is no score from 0 to 1 with copies; try [[0.9, 3]]")
+
+
+def external(config: Config) -> list[dict[str, Any]]:
+    """The identity of the good documents. Raises ConfigError without any."""
+    if not config.good:
+        raise ConfigError("options.classifier.good: is empty; name files with documents as they should be, or leave "
+                          "out the block")
+    return [source.identity() for source in find(config.good, 0, 0, 0)]
+
+
+def features(documents: list[Document], config: Config) -> np.ndarray:
+    """Rows (document, feature, value); each document's values have length 1."""
+    parts = [np.empty(0, ROW)]
+    texts = [document.text[: config.sample_characters] for document in documents]
+    for words, texts_of_words, places in cut(texts):
+        text = np.repeat(np.arange(len(words.text_lengths)), np.diff(words.first))
+        pairs = np.flatnonzero(text[1:] == text[:-1])
+        hashes = np.concatenate([words.hashes, spans(words.sums, pairs, pairs + 2) * np.uint64(0x9E3779B97F4A7C15)])
+        owner = np.full(len(words.text_lengths), -1)
+        owner[texts_of_words] = places
+        document = owner[np.concatenate([text, text[pairs]])]
+        combined = (document.astype(np.int64) << BITS) | (hashes >> np.uint64(64 - BITS)).astype(np.int64)
+        values, counts = np.unique(combined[document >= 0], return_counts=True)
+        rows = np.empty(len(values), ROW)
+        rows["document"], rows["feature"], rows["value"] = values >> BITS, values & ((1 << BITS) - 1), np.log1p(counts)
+        norms = np.bincount(rows["document"], rows["value"].astype(np.float64) ** 2, minlength=len(documents)) ** 0.5
+        rows["value"] /= norms[rows["document"]]
+        parts.append(rows)
+    return np.concatenate(parts)
+
+
+def keys(documents: list[Document], config: Config) -> np.ndarray:
+    """The features of the documents in the sample."""
+    from hashlib import blake2b
+
+    def drawn(document: Document) -> bool:
+        digest = blake2b(f"{config.seed}:{document.id}".encode("utf-8", "replace"), digest_size=8).digest()
+        return int.from_bytes(digest) < config.sample * 2**64
+
+    chosen = [i for i, document in enumerate(documents) if not document.split and drawn(document)]
+    rows = features([documents[i] for i in chosen], config)
+    rows["document"] = np.array(chosen, np.int64)[rows["document"]] if chosen else rows["document"]
+    return rows
+
+
+def join(keys: Keys, config: Config, state: State) -> None:
+    """`weights` [2^BITS + 1]: of the features, then the constant."""
+    shards = [shard for source in find(config.good, 0, 0, 0) for shard in source.shards("")]
+    good = [document for shard in shards for document in shard.documents() if not document.fault]
+    parts, count = [], 0
+    for start in range(0, len(good), 1024):
+        rows = features(good[start : start + 1024], config)
+        rows["document"] += start
+        parts.append(rows)
+    positive = np.concatenate(parts)
+    others = np.concatenate([np.empty(0, ROW), *keys.parts()])
+    names, others["document"] = np.unique(others["document"], return_inverse=True)
+    if not len(names) or not good:
+        raise ConfigError(f"options.classifier: {len(good)} good documents and {len(names)} of the corpus are too "
+                          "few; give more of them in good, or a larger sample")
+    count = len(good)
+    others["document"] += count
+    labels = np.arange(count + len(names)) < count
+    state.array("weights", np.float64, (1 << BITS) + 1)[:] = train(np.concatenate([positive, others]), labels)
+
+
+def train(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Weights float64 of a logistic regression with the two classes weighed alike: gradient descent with momentum.
+
+    Features of fewer than MIN_DOCUMENTS are left out: they would tell each document of the sample from the others.
+    """
+    frequent = np.append(np.bincount(rows["feature"], minlength=1 << BITS) >= MIN_DOCUMENTS, True)
+    weights, speed = np.zeros((1 << BITS) + 1), np.zeros((1 << BITS) + 1)
+    balance = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
+    for _ in range(STEPS):
+        error = (labels - score(rows, weights, len(labels))) * balance
+        gradient = np.bincount(rows["feature"], rows["value"] * error[rows["document"]], minlength=1 << BITS)
+        gradient = np.append(gradient, error.sum())
+        speed = MOMENTUM * speed + frequent * gradient - DECAY * weights
+        weights += RATE * speed
+    return weights
+
+
+def score(rows: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
+    """float64 [count]: the probability that each document is one of the good."""
+    sums = np.bincount(rows["document"], rows["value"] * weights[rows["feature"]], minlength=count) + weights[-1]
+    return 1 / (1 + np.exp(-sums))
+
+
+def apply(documents: list[Document], places: np.ndarray, config: Config, state: State) -> list[str]:
+    """Sets `repeat` in place; a reason to remove each document, or ""."""
+    scores = score(features(documents, config), np.asarray(state["weights"]), len(documents)).tolist()
+    reasons = []
+    for document, value in zip(documents, scores, strict=True):
+        reasons.append(f"quality: {value:.2f}" if value < config.min_score else "")
+        document.repeat = max([int(copies) for least, copies in config.upsample if value >= least], default=document.repeat)
+    return reasons
