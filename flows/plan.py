@@ -10,6 +10,8 @@ from flows.lineage import changes
 from stages.stage import ConfigError, resolve
 from stages.trainer import layout
 
+ALIKE = 10.0  # how many times more or less work than before may be scaled from it
+
 
 def state(store: Any, node: Node) -> tuple[str, str]:
     """("done", "") or ("run", why): new, or the first fields in which it differs from the artifact of that name."""
@@ -37,9 +39,10 @@ def predict(store: Any, node: Node, flops_per_second: float) -> float:
 
     work = flops(vars(node.estimate))
     previous = store.record(store.aliases().get(node.name, "-"))
-    if previous and flops(previous["estimate"]) > 0:
-        return previous["seconds"] * work / flops(previous["estimate"])
-    if previous:
+    before = flops(previous["estimate"]) if previous else 0.0
+    if before and 1 / ALIKE <= work / before <= ALIKE:
+        return previous["seconds"] * work / before
+    if previous and not work:
         return previous["seconds"]
     return work / flops_per_second
 
