@@ -103,6 +103,7 @@ def _use_device(device: str) -> None:
 
         if not torch.cuda.is_available():
             raise ConfigError("cluster.device: cuda, but torch finds no NVIDIA GPU here; set cluster=local")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         cuda.prepare()
 
 

@@ -39,7 +39,6 @@ class VocabParallelLogprobs(torch.autograd.Function):
         mine = (local >= 0) & (local < rows)
         local = local.masked_fill(~mine, 0)[:, None]
         keep = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        n = len(hidden)
         n, step = len(hidden), max(1, CHUNK_LOGITS // rows)
         probs = hidden.new_empty(n if keep else 0, rows)
         picked, norm = hidden.new_empty(n, 1), hidden.new_empty(n, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import (
@@ -76,7 +77,7 @@ class Model(GPTModel):
             # Every tensor-parallel rank computes the whole score: the gradient is split, not summed.
             if split:
                 hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-            return self.score(hidden[:, 0].index_select(0, rows))[:, 0].float()
+            return F.linear(hidden[:, 0].index_select(0, rows).float(), self.score.weight.float())[:, 0]
         gather = gather_from_sequence_parallel_region if split else copy_to_tensor_model_parallel_region
         hidden = gather(hidden)[:, 0].index_select(0, rows)
         weight, scale = self._output_weight(), self.sizes.output_scale

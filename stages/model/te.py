@@ -122,8 +122,8 @@ class TESwiGLU(MegatronModule):
 def connect(layer: nn.Module) -> None:
     """Tell a layer's norms and SwiGLU which linears they feed (lists, so that they are no submodules): under delayed
     scaling their kernels write FP8 themselves, which saves a pass over memory each."""
-    if layer.config.sequence_parallel:
-        return  # the linears gather their input in BF16
+    if layer.config.sequence_parallel or layer.config.recompute_granularity == "full":
+        return  # the linears gather their input in BF16; or take the scales of the first forward pass for the second
     layer.input_layernorm.feeds.append(layer.self_attention.linear_qkv)
     if isinstance(layer.pre_mlp_layernorm, TELayerNorm):
         layer.pre_mlp_layernorm.feeds.append(layer.mlp.linear_fc1)

@@ -87,12 +87,16 @@ def _check_placement(config: Config) -> None:
         )
     places = {field.name for field in fields(Config) if field.metadata.get("placement")}
     # One kind of optimizer can't go on from the checkpoint of another.
-    allowed = sorted(places - {"phase_placement", "distributed_optimizer", "fsdp"})
+    fixed = {"phase_placement", "distributed_optimizer", "fsdp"}
+    if config.fsdp:  # whose checkpoints are of one model-parallel layout
+        fixed |= {"tensor_parallel", "pipeline_parallel", "virtual_pipeline"}
+    allowed = sorted(places - fixed)
     for i, values in enumerate(config.phase_placement):
         for name in values:
             if name not in allowed:
                 raise ConfigError(f"phase_placement[{i}]: {unknown(name, allowed)}")
-        parse(Config, values, f"phase_placement[{i}]")
+        parsed = parse(Config, values, f"phase_placement[{i}]")
+        values.update({name: getattr(parsed, name) for name in values})
         replace(config, **values).check(f"phase_placement[{i}]")
 
 

@@ -75,6 +75,9 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     steps = min(config.steps, -(-len(prompts) // config.batch_groups))
     ctx.log(f"{pairs} pairs of {len(prompts)} prompts to train on in {steps} steps, {len(judged)} held out")
     config = replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps - 1))
+    config = replace(config, precision_phases=_first(config.precision_phases, steps), profile_steps=[
+        min(step, steps) for step in config.profile_steps
+    ])  # fmt: skip
     config = replace(config, decay_steps=min(config.decay_steps, steps - config.warmup_steps))
     options = bradley_terry.Config(centring=config.centring)
     metrics = train(
@@ -83,6 +86,16 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         head="reward",
     )  # fmt: skip
     return metrics | {"pairs": pairs, "heldout_pairs": len(judged), **judge(judged, out, ctx)}
+
+
+def _first(phases: list[list[Any]], steps: int) -> list[list[Any]]:
+    """The part of [[precision, steps], ...] that the first `steps` take."""
+    found = []
+    for name, count in phases:
+        if steps > 0:
+            found.append([name, min(count, steps)])
+        steps -= count
+    return found
 
 
 def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:

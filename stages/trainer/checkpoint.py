@@ -253,14 +253,14 @@ def _fault(path: Path) -> tuple[str, dict[str, Any]]:
 
 def check_kind(path: Path, kind: str) -> None:
     """Raises ConfigError where the checkpoint at `path` holds another kind of optimizer than "plain", "distributed" or
-    "fsdp": layouts may change between runs, these may not."""
+    "fsdp" with its model-parallel layout: other layouts may change between runs, these may not."""
     found = dist_checkpointing.load_common_state_dict(str(path))["kind"]
     if found != kind:
-        fields = {"plain": "distributed_optimizer=false fsdp=false", "distributed": "distributed_optimizer=true",
-                  "fsdp": "fsdp=true"}  # fmt: skip
+        fields = {"plain": "distributed_optimizer=false fsdp=false", "distributed": "distributed_optimizer=true"}
+        back = fields.get(found, "fsdp=true and tensor_parallel, pipeline_parallel, virtual_pipeline as they were")
         raise ConfigError(
             f"distributed_optimizer, fsdp: {path} was saved with the {found} optimizer and cannot go on with the {kind} "
-            f"one; set {fields[found]} until this run is finished"
+            f"one; set {back} until this run is finished"
         )
 
 

@@ -67,7 +67,11 @@ class Sharded(_BaseDataParallel):
                 setattr(parameter, key, value)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """Nothing is left to do: the base class lacks the argument."""
+        """Gradients are reduced already. Megatron-core's reduction of tied embeddings is a collective of pipeline stages,
+        and would leave out one that did not use its copy (a reward head's)."""
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def scale_gradients(self, factor: Tensor) -> None:
         for parameter in self.module.parameters():
@@ -82,9 +86,9 @@ class Sharded(_BaseDataParallel):
 class ShardedAdam:
     """AdamW of the parameters of Sharded chunks; what the methods do, see optimizer.Optimizer."""
 
-    kind = "fsdp"
-
     def __init__(self, config: TrainConfig, sizes: ModelConfig, chunks: list[Model]):
+        # Its checkpoints can be read by any number of data-parallel ranks, but of this model-parallel layout alone.
+        self.kind = f"fsdp tp{config.tensor_parallel} pp{config.pipeline_parallel}x{config.virtual_pipeline}"
         self.clip_grad, self._parameters = config.clip_grad, weights.by_name(chunks)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self._parameters.items():

@@ -28,6 +28,11 @@ def check(
     at = f"{where}." if where else ""
     _check_sizes(config, sizes, at, longest or config.sequence_length)
     _check_features(config, device, at)
+    if config.precision_at(0) != "fp32" and sizes.head_dim & (sizes.head_dim - 1):
+        raise ConfigError(
+            f"{at}precision: {config.precision_at(0)} needs a head_dim that is a power of two, found {sizes.head_dim}; set "
+            "it to fp32 or choose another head_dim"
+        )
     tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
     shards = tensor * pipeline * context
     if world % shards:
@@ -91,6 +96,11 @@ def _check_features(config: TrainConfig, device: str, at: str) -> None:
         raise ConfigError(
             f"{at}distributed_optimizer: true, but fsdp shares the optimizer's state already; set it to false"
         )
+    if device != "cpu" and config.context_parallel > 1 and config.precision_at(0) == "fp32":
+        raise ConfigError(
+            f"{at}context_parallel: {config.context_parallel} with precision fp32, whose attention sees whole sequences; "
+            "set context_parallel to 1 or precision to bf16"
+        )
     if device == "cpu":
         for field, value in (("context_parallel", 1), ("recompute", "none")):
             if getattr(config, field) != value:
@@ -150,13 +160,13 @@ def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0
     layer /= sizes.num_layers * tensor
     held = layer * sizes.num_layers / pipeline + embedding * (2 if pipeline == 1 and not sizes.tie_embeddings else 1)
     weights, gradients, optimizer = (2 * held, 4 * held, 12 * held) if half else (4 * held, 4 * held, 8 * held)
-    if fp8:
-        weights += 2 * (held - embedding)
     if config.fsdp:
         gathered = (2 if half else 4) * (embedding + 2 * layer)
         weights, gradients, optimizer = 4 * held / replicas + gathered, 4 * held / replicas, 8 * held / replicas
     elif config.distributed_optimizer:
         optimizer /= replicas
+    if fp8:  # each rank keeps them of the whole layers, with FSDP too
+        weights += 2 * (held - embedding)
     if reference:
         weights += (2 if half else 4) * held
     whole = max(config.micro_batch_tokens, longest or config.sequence_length)

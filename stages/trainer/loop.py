@@ -47,7 +47,7 @@ class Stream(Protocol):
 @dataclass
 class Progress:
     """What a resumed run must know besides weights and optimizer. step: steps done. recent: metrics of the last ones.
-    losses: the last ones that were no spike, kept only with spike_factor."""
+    losses: the last ones that trained the weights, kept only with spike_factor."""
 
     step: int = 0
     tokens: int = 0

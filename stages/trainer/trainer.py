@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,12 @@ class Trainer:
     def _model(self, sizes: ModelConfig, head: str, folder: Path | None, exact: dict | None) -> list[Model]:
         """This rank's chunks of a model (one, but for a virtual pipeline), with its weights."""
         c = self.config
-        virtual = c.virtual_pipeline
+        virtual, precision = c.virtual_pipeline, c.precision_at(0)
+        if exact is None and precision != "fp32":  # a reference, of which no checkpoint keeps FP8's scales
+            precision = "bf16"
         chunks = [
             Model(
-                sizes, head, precision=c.precision_at(0), tensor_parallel=c.tensor_parallel,
+                sizes, head, precision=precision, tensor_parallel=c.tensor_parallel,
                 pipeline_parallel=c.pipeline_parallel, virtual_pipeline=virtual, context_parallel=c.context_parallel,
                 sequence_parallel=c.sequence_parallel, recompute=c.recompute, vp_stage=i if virtual > 1 else None,
             ).to(self.device)
@@ -120,7 +123,7 @@ class Trainer:
 
     def set_precision(self, name: str) -> None:
         """The format of matrix products from the next step on; FP8 and BF16 may follow each other at any step."""
-        for chunk in [*self.chunks, *(self.reference or [])]:
+        for chunk in self.chunks:  # the reference stays: no checkpoint keeps FP8's scales of it
             set_precision(chunk.config, name)
 
     def step(self, groups: list[Group], lr: float, limit: float = math.inf) -> dict[str, float]:
@@ -129,7 +132,7 @@ class Trainer:
         Returns loss, grad_norm, tokens, skipped (1.0 where a NaN or infinite loss or gradient, or a loss above `limit`,
         left the weights as they were) and the objective's metrics.
         """
-        batch = self._microbatches(groups)
+        batch = self._microbatches(self._filled(groups))
         self._attach_reference(batch)
         with cuda_names():
             for chunk in self.wrapped:
@@ -261,6 +264,14 @@ class Trainer:
         c = self.config
         turns = c.pipeline_parallel if c.virtual_pipeline > 1 else 1
         return max(0, parallel_state.get_data_parallel_world_size() * turns - len(groups))
+
+    def _filled(self, groups: list[Group]) -> list[Group]:
+        """`groups`, and where there are too few for the ranks some without targets, which teach nothing. A stream may have
+        fewer at some steps (a document that reaches into the next, conversations that are too long)."""
+        if self.head == "reward":  # scores need no targets: nothing could be left out
+            return groups
+        empty = [replace(sequence, mask=np.zeros_like(sequence.mask)) for sequence in groups[0]]
+        return [*groups, *[empty] * self._shortage(groups)]
 
     def _logprobs(self, chunks: list[Model], groups: list[Group]) -> list[np.ndarray]:
         batch = self._microbatches([*groups, *[groups[0]] * self._shortage(groups)])

@@ -213,6 +213,7 @@ def test_refusals(tokens, tmp_path):
         ({"phase_placement": [{}, {}]}, "phase_placement: 2 entries for 1 phases"),
         ({"phase_placement": [{"contxt_parallel": 2}]}, "did you mean 'context_parallel'"),
         ({"phase_placement": [{"lr": 1.0}]}, "phase_placement.0.: 'lr' is not known"),
+        ({"fsdp": True, "phase_placement": [{"tensor_parallel": 2}]}, "'tensor_parallel' is not known"),
         ({"phase_placement": [{"fsdp": True}]}, "phase_placement.0.: 'fsdp' is not known"),
         ({"phase_placement": [{"log_every": 0}]}, "phase_placement.0..log_every: 0 is not a positive"),
     ]:  # fmt: skip

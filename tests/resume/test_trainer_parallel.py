@@ -99,6 +99,20 @@ def test_references_and_reward_heads_equal_a_single_process(kind, tmp_path, word
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "single"), rel=1e-4), name
 
 
+def test_a_step_with_fewer_groups_than_ranks(tmp_path, words):
+    options = {"steps": 6, "groups": 1, "lr": 3e-3}
+    assert launch(1, tmp_path / "single", words, **options) == [0]
+    assert launch(2, tmp_path / "DP2", words, **options) == [0, 0]
+    assert losses(tmp_path / "DP2") == pytest.approx(losses(tmp_path / "single"), abs=1e-5)
+
+
+def test_a_reward_head_s_unused_embedding_is_reduced_under_fsdp(tmp_path, words, single):
+    options = {"steps": 4, "kind": "regress", "init": single / "out", "lr": 3e-3}
+    assert launch(1, tmp_path / "single", words, **options) == [0]
+    assert launch(2, tmp_path / "PP2", words, **options, pipeline_parallel=2, fsdp=True) == [0, 0]
+    assert losses(tmp_path / "PP2") == pytest.approx(losses(tmp_path / "single"), rel=1e-4)
+
+
 SHARED, FSDP = {"distributed_optimizer": True}, {"fsdp": True}
 CHAINS = {
     "plain": [(2, LAYOUTS["TP2"]), (1, {}), (2, LAYOUTS["PP2 VPP2"]), (2, LAYOUTS["TP2+SP"])],

@@ -102,7 +102,8 @@ def slow_writer(stream: Counting, steps: int) -> None:
 
 def run(
     root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in: str = "", kind: str = "ce",
-    init: Path | None = None, file: int = 0, slow: int = 0, stop_at: int = -1, sizes: dict | None = None, **changes,
+    init: Path | None = None, file: int = 0, slow: int = 0, stop_at: int = -1, sizes: dict | None = None, groups: int = 12,
+    **changes,
 ) -> None:  # fmt: skip
     """Train in `root`/scratch and publish to `root`/`out`, closing metrics included.
 
@@ -123,7 +124,7 @@ def run(
 
     torch.set_num_threads(1)
 
-    stream = Counting(die_at=die_at, stop_at=stop_at)
+    stream = Counting(groups=groups, die_at=die_at, stop_at=stop_at)
     if slow:
         slow_writer(stream, slow)
     if die_in == "save":

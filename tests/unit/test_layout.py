@@ -32,6 +32,7 @@ LLAMA = replace(R7B, family="llama", sliding_window=0, logit_scale=1.0, tie_embe
     ({"context_parallel": 3}, 3, "sequence_length 8192 is no multiple of 6"),
     ({"context_parallel": 16}, 16, "16 does not divide the model's num_query_groups 8, and sliding windows"),
     ({"context_parallel": 4, "tensor_parallel": 4}, 16, "context_parallel: 16 does not divide"),
+    ({"context_parallel": 2}, 2, "context_parallel: 2 with precision fp32, whose attention sees whole sequences"),
     ({"fsdp": True, "distributed_optimizer": True}, 2, "distributed_optimizer: true, but fsdp shares"),
 ])  # fmt: skip
 def test_an_impossible_layout_is_one_sentence(values, world, sentence):
@@ -48,11 +49,18 @@ def test_an_impossible_layout_is_one_sentence(values, world, sentence):
 def test_what_a_cpu_does_not_have(values, sentence):
     with pytest.raises(ConfigError, match=sentence):
         check(TrainConfig(**values), R7B, 2, "cpu")
-    check(TrainConfig(**values), R7B, 2, "cuda")
+    check(TrainConfig(**{"precision": "bf16"} | values), R7B, 2, "cuda")
+
+
+def test_half_precision_rotates_heads_of_powers_of_two():
+    sizes = replace(R7B, hidden_size=3072, head_dim=96)
+    check(TrainConfig(), sizes, 1, "cuda")
+    with pytest.raises(ConfigError, match="precision: bf16 needs a head_dim that is a power of two, found 96"):
+        check(TrainConfig(precision="bf16"), sizes, 1, "cuda")
 
 
 def test_full_attention_shares_sequences_without_regard_to_heads():
-    check(TrainConfig(context_parallel=16), LLAMA, 16, "cuda")
+    check(TrainConfig(context_parallel=16, precision="bf16"), LLAMA, 16, "cuda")
 
 
 def test_memory_follows_the_layout():

@@ -67,7 +67,7 @@ def table(config: ModelConfig, head: str = "lm") -> list[Row]:
     rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}, None))
     if head == "reward":
         # Stiennon et al. 2020, appendix C.1: reward head ~ N(0, 1 / (width + 1)).
-        rows.append(Row(SCORE, {SCORE: (1, h)}, 1 / math.sqrt(h + 1)))
+        rows.append(Row(SCORE, {SCORE: (1, h)}, mup.init_multiplier(config) / math.sqrt(h + 1)))
     elif not config.tie_embeddings:
         std = config.init_std * mup.output_init_multiplier(config)
         rows.append(Row(OUTPUT, {"lm_head.weight": (config.vocab_size, h)}, std, 0))
