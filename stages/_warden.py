@@ -1,6 +1,6 @@
 """The warden of `sandbox.py`: runs in a process of its own, started from this text, with the standard library alone.
 
-    python -I -S -c <this file> LEVEL FOLDER LIMITS     tasks on stdin, outcomes on stdout, one JSON line each
+    python -P -s -S -c <this file> LEVEL FOLDER LIMITS     tasks on stdin, outcomes on stdout, one JSON line each
 """
 
 from __future__ import annotations

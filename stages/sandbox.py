@@ -91,14 +91,15 @@ def run(programs: list[Program], limits: dict[str, float] | None = None, level: 
 
 def _round(level: str, folder: str, limits: dict[str, float], tasks: str, patience: float) -> tuple[bytes, str]:
     """The warden's answer to all tasks and, where it failed, the last line it said."""
-    # The base interpreter, isolated: no site-packages, no PYTHON* variables; its program as text, since the walls
-    # leave it no way back to this folder.
-    python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", _WARDEN.read_text("utf-8")]
+    # The base interpreter, isolated: no site-packages, no paths of the user or of this folder; its program as text, since
+    # the walls leave it no way back. Not "-I", which would ignore the hash seed: sets must print alike in every run.
+    python = [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-c", _WARDEN.read_text("utf-8")]
     command = [*_bubblewrap(level), *python, level, folder, json.dumps(limits)]
     with tempfile.TemporaryFile() as log:
         warden = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env={}, cwd="/", start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env={"PYTHONHASHSEED": "0"}, cwd="/",
+            start_new_session=True,
+        )  # fmt: skip
         try:
             answer = warden.communicate(tasks.encode(), patience)[0]
         except subprocess.TimeoutExpired:

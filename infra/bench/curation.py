@@ -65,12 +65,12 @@ def plant(texts: list[str]) -> list[dict]:
     """The texts as records, and copies of some with words exchanged; ids tell which ("17" and "17+0.03")."""
     rng = random.Random(1)
     words = sorted({word for text in texts[:200] for word in text.split()})
-    records = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    records = [{"id": str(i), "url": f"bench://{i}", "text": text} for i, text in enumerate(texts)]
     chosen = rng.sample(range(len(texts)), min(PLANTED * len(EDITS), len(texts)))
     for level, share in enumerate(EDITS):
         for i in chosen[level :: len(EDITS)]:
             edited = [rng.choice(words) if rng.random() < share else word for word in texts[i].split(" ")]
-            records.append({"id": f"{i}+{share}", "text": " ".join(edited)})
+            records.append({"id": f"{i}+{share}", "url": f"bench://{i}+{share}", "text": " ".join(edited)})
     rng.shuffle(records)
     return records
 
@@ -148,7 +148,7 @@ def ours_minhash(file: Path) -> dict:
             started = time.process_time()
             curate.run(parse(curate.Config, values, "data"), {}, out, Context(Path(folder)))
             seconds = time.process_time() - started
-            removed = [row["url"] for row in corpus.documents(out, "removed") if row["block"] == "minhash"]
+            removed = [row["url"].removeprefix("bench://") for row in corpus.documents(out, "removed") if row["block"] == "minhash"]
     return {"seconds": seconds, "removed": removed}
 
 

@@ -31,6 +31,12 @@ VERSION = "2"
 INPUTS: dict[str, Input] = {}
 OUTPUT = Kind.CORPUS
 BLOCKS = ["encoding", "html", "language", "quality", "exact", "minhash", "split", "decontaminate"]
+ORDER = [  # (first, then, why)
+    ("split", "decontaminate", "which decides what is protected"),
+    ("exact", "lines", "and would take every line of a page that is there ten times"),
+    ("minhash", "lines", "and would take every line of a page that is there ten times"),
+    ("classifier", "split", "after which the classifier finds no document to sample"),
+]
 
 _CONFIGS = {name: getattr(resolve("data/blocks", name), "Config", None) for name in names("data/blocks")}
 BlockOptions = dataclasses.make_dataclass(
@@ -49,7 +55,7 @@ class Config:
     seed: int = option(0, "decides which files of a limited source are taken")
     blocks: list[str] = option(BLOCKS, "what the documents go through, in this order", choices="data/blocks")
     executor: str = placement("local", "where shards run: a file of stages/data/executors (local, ray)")
-    workers: int = placement(0, "processes; 0 = as many as the stage has threads")
+    workers: int = placement(0, "processes; 0 = as many as the stage has threads, or the Ray cluster has CPUs")
     options: BlockOptions = option(BlockOptions, "options of the blocks")
 
 
@@ -65,8 +71,9 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         raise ConfigError(f"blocks: {twice[0]!r} stands there twice; name a block once")
     if "split" not in blocks:
         raise ConfigError("blocks: 'split' is missing; without it there is no held-out text")
-    if "decontaminate" in blocks[: blocks.index("split")]:
-        raise ConfigError("blocks: 'decontaminate' stands before 'split'; put it after")
+    for first, then, why in ORDER:
+        if {first, then} <= set(blocks) and blocks.index(then) < blocks.index(first):
+            raise ConfigError(f"blocks: {then!r} stands before {first!r}, {why}; put it after")
     for name in blocks:
         if hasattr(module := resolve("data/blocks", name), "check"):
             module.check(getattr(config.options, name))
@@ -92,8 +99,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     shards += [shard for source in _sources(config.sources, config) for shard in source.shards("")]
     shards += [shard for source in _sources(config.benchmarks, config) for shard in source.shards("benchmark")]
     plan = Plan({name: getattr(config.options, name, None) for name in config.blocks}, shards, ctx.scratch / "curate")
-    start = resolve("data/executors", config.executor).start
-    table = _table(config.blocks, engine.curate(plan, start, config.workers or ctx.threads, ctx.log))
+    start, workers = engine.executor(config, ctx)
+    table = _table(config.blocks, engine.curate(plan, start, workers, ctx.log))
     for step in table["blocks"]:
         removed, kept = step["removed"], step["kept"]
         ctx.log(f"{step['block']}: {removed} of {removed + kept} documents removed, {step['bytes'] / 1e6:.2f} MB left")

@@ -13,8 +13,8 @@ class Document:
     language: ISO 639-1, "" if unknown. group: documents of one group (cut from the same file) land in the same
     split; "" for a document alone. markup: "html" until the text is extracted. split: "train", "heldout", or
     "benchmark" for a text that is only there to be kept out of the training split, "existing" for one that an earlier
-    corpus holds. url: where it was found, or the
-    identifier it came with. fault: why it could not be read; such a document goes straight to the removed ones.
+    corpus holds. url: where it was
+    found, or a message's identifier. fault: why it could not be read; such a document goes straight to the removed ones.
     repeat: how many times it goes into the training split.
     """
 

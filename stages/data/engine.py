@@ -4,7 +4,8 @@ A pass reads a shard in batches, applies what the last joins decided, runs the b
 gathers keys for the blocks that do: small rows that are joined over all shards before the next pass. A shard is written
 under another name and renamed when it is whole, and its commit mark is its JSON: a killed run goes on from there. The
 shards follow from the sources alone, so that the bytes do not depend on the number of workers. Memory holds one batch
-a worker and a part of the keys; the rest is on disk.
+a worker, a part of the keys, some bytes a document and what a join itself compares at once (the lines or the n-grams of
+held-out text that it looks for, a classifier's sample); the rest is on disk.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from stages.data.document import Document, size
+from stages.data.formats._record import TEXT_FIELDS
 from stages.data.join import Keys, State
 from stages.data.shard import Reader, Writer, commit
-from stages.stage import resolve
+from stages.stage import Context, CuveeError, resolve
 
 BATCH_BYTES, BATCH_DOCUMENTS = 2 << 20, 1024  # of text: large enough to vectorise over, small enough for the cache
 
@@ -89,6 +91,12 @@ def passes(blocks: list[str]) -> list[Step]:
         (keys if joins(name) else run).append(name)
     steps.append(Step(apply, run, keys))
     return [*steps, Step(keys, [], [])] if keys else steps
+
+
+def executor(config: Any, ctx: Context) -> tuple[Callable[..., Any], int]:
+    """The `start` of `config.executor`, and the workers; 0 for all CPUs of a cluster."""
+    module = resolve("data/executors", config.executor)
+    return module.start, config.workers or (0 if getattr(module, "CLUSTER", False) else ctx.threads)
 
 
 def curate(plan: Plan, start: Callable[..., Any], workers: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -221,6 +229,10 @@ def _alone(name: str, options: Any) -> Callable[..., list[str]]:
 def _through(batch, places, name, operate, counts, writer, split) -> tuple[list[Document], np.ndarray]:
     """What is left of a batch after one block; protected documents always stay."""
     reasons = operate(batch, places) if batch else []
+    if name == "read" and split in STAYS and (broken := next((one for one in batch if one.fault), None)):
+        field = "benchmarks" if split == "benchmark" else split
+        raise CuveeError(f"data.{field}: {broken.id} cannot be compared with ({broken.fault}); give text in one of the fields "
+                         f"{', '.join(TEXT_FIELDS)}, or leave it out")
     stays = [not reason or split in STAYS for reason in reasons]
     for document, reason, stay in zip(batch, reasons, stays, strict=True):
         if not stay:

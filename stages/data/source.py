@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
+from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
 
@@ -113,8 +114,9 @@ def find(chosen: list[str], seed: int, max_bytes: int, max_documents: int) -> li
             smallest = min(entry.size for entry in entries)
             raise CuveeError(f"data.source_bytes: {max_bytes} bytes are too few for any file of {source!r}; "
                              f"its smallest has {smallest}, so raise the limit")
-        used = sum(other.label == label or other.label.startswith(f"{label}-") for other in found)
-        found.append(Source(f"{label}-{used + 1}" if used else label, module, taken, max_bytes, max_documents))
+        taken_labels = {other.label for other in found}
+        free = (name for name in chain([label], (f"{label}-{n}" for n in count(2))) if name not in taken_labels)
+        found.append(Source(next(free), module, taken, max_bytes, max_documents))
     return found
 
 

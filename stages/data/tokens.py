@@ -10,8 +10,9 @@ from typing import Any
 
 from stages.data import corpus
 from stages.data.encoder import Encoder
+from stages.data.engine import executor
 from stages.data.shard import commit
-from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, placement, resolve
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, placement
 
 VERSION = "1"
 INPUTS = {
@@ -30,7 +31,7 @@ class Config:
     vocab_multiple: int = option(128, "the model's vocabulary is padded to a multiple of this")
     prompts_repeat: int = option(1, "times that each training prompt, with its answer, is put into the training split")
     executor: str = placement("local", "where files run: a file of stages/data/executors (local, ray)")
-    workers: int = placement(0, "processes; 0 = as many as the stage has threads")
+    workers: int = placement(0, "processes; 0 = as many as the stage has threads, or the Ray cluster has CPUs")
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
@@ -53,9 +54,9 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     parts = ctx.scratch / "tokens"
     parts.mkdir(exist_ok=True)
     todo = [i for i, file in enumerate(files) if not (parts / f"{file.stem}.json").exists()]
-    workers = min(config.workers or ctx.threads, len(files))
-    start = resolve("data/executors", config.executor).start
-    with start(partial(_encode_file, files, folder / "tokenizer.json", vocab_size, parts), workers) as each:
+    start, workers = executor(config, ctx)
+    work = partial(_encode_file, files, folder / "tokenizer.json", vocab_size, parts)
+    with start(work, min(workers, len(files))) as each:
         for done, _ in enumerate(each(0, todo), 1):
             if len(todo) > 20 and done % (len(todo) // 10) == 0:
                 ctx.log(f"{done} of {len(todo)} files")

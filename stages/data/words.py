@@ -215,26 +215,28 @@ def groups(texts: list[str]) -> Iterator[list[int]]:
 
 
 @cache
-def normal() -> np.ndarray:
-    """uint32 [0x110000]: each character without what makes no difference: case, which mark or space, which digit."""
+def normal(fold_digits: bool = False) -> np.ndarray:
+    """uint32 [0x110000]: each character without what makes no difference: case, which mark or space; if asked, which digit."""
     table = np.arange(0x110000, dtype=np.uint32)
     kind = kinds()
     for code in np.flatnonzero(kind[:0x32000] == LETTER).tolist():
         lower = chr(code).lower()
         table[code] = ord(lower) if len(lower) == 1 else code
-    table[[code for code in np.flatnonzero(kind[:0x32000] == OTHER).tolist() if chr(code).isdigit()]] = ord("0")
+    if fold_digits:
+        table[[code for code in np.flatnonzero(kind[:0x32000] == OTHER).tolist() if chr(code).isdigit()]] = ord("0")
     table[(kind == SPACE) | (kind == MARK)] = ord(" ")
     return table
 
 
-def normal_codes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The normal characters of all texts (uint32), runs of spaces and of digits as one; characters of each text (int64)."""
+def normal_codes(texts: list[str], fold_digits: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The normal characters of all texts (uint32), runs of spaces (and of folded digits) as one; how many in each (int64)."""
     lengths = np.array([len(text) for text in texts], np.int64)
-    codes = normal()[np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)]
-    stays = (codes != ord(" ")) & (codes != ord("0"))
+    codes = normal(fold_digits)[np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)]
+    stays = codes != ord(" ")
+    if fold_digits:
+        stays &= codes != ord("0")
     stays[1:] |= codes[1:] != codes[:-1]
-    if len(stays):
-        stays[0] = True
+    stays[(np.cumsum(lengths) - lengths)[lengths > 0]] = True  # no run goes over from one text to the next
     count = np.concatenate([[0], np.cumsum(stays)])[np.concatenate([[0], np.cumsum(lengths)])]
     return codes[stays], np.diff(count)
 
@@ -242,12 +244,9 @@ def normal_codes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 def windows(values: np.ndarray, lengths: np.ndarray, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(hashes uint64, text int64) of all windows of n values (uint32 or uint64) within the texts, in parts.
 
-    A text shorter than n is one window.
+    A text shorter than n has none.
     """
     ends = np.cumsum(lengths)
-    for text in np.flatnonzero((lengths < n) & (lengths > 0)).tolist():
-        sums = prefix_sums(values[ends[text] - lengths[text] : ends[text]].astype(np.uint64))
-        yield sums[-1:], np.array([text])
     inverse, owner = _powers()[1], np.repeat(np.arange(len(lengths)), lengths)
     for start in range(0, len(values), GROUP):
         part = values[start : start + GROUP + n - 1].astype(np.uint64)
@@ -278,8 +277,7 @@ def ngrams(texts: list[str], n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         stops = np.cumsum([len(texts[i]) + 1 for i in group])
         lengths = np.diff(np.searchsorted(starts, np.concatenate([[0], stops])))
         for found, text in windows(hashes, lengths, n):
-            long = lengths[text] >= n
-            yield found[long], np.array(group)[text[long]]
+            yield found, np.array(group)[text]
 
 
 def _parts(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray, np.ndarray]]:

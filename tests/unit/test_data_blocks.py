@@ -106,6 +106,9 @@ def test_html():
     assert reason == "" and document.markup == ""
     assert document.text.startswith("A day") and "5 < 6 & so on" in document.text and document.text.count("harbour") == 5
     assert not any(word in document.text for word in ("Shop", "alert", "imprint", "<p>"))
+    drawing = f"<main><p>{sentence * 5}</p></main><svg>{'<path d=x/>' * 3000}</svg>"
+    assert cleaned(html, drawing, markup="html")[0] == ""
+    assert cleaned(html, "<div/>" * 3000 + "x", markup="html")[0].startswith("page nested too deep")
     bare = cleaned(html, "<div class='sidebar'>A bare page with a single block of text in it.</div>", markup="html")
     assert bare[0] == "" and "single block" in bare[1].text
     assert cleaned(html, "<html><body><img src=x></body></html>", markup="html")[0] == "page without text"
@@ -220,6 +223,27 @@ def test_components_are_transitive_and_sources_can_be_kept_apart():
     assert select("minhash", documents, minhash.Config(cross_source=True)) == ["", "", "near-duplicate: a"]
     assert select("minhash", [], minhash.Config()) == []
     assert select("minhash", [Document("e", ""), Document("f", "x")], minhash.Config()) == ["", ""]
+
+
+def test_signatures_stand_alone_and_keep_numbers():
+    table = [" ".join(f"row {i} costs {(i * seed) % 97}" for i in range(200)) for seed in (31, 53)]
+    alone = [minhash.signatures([text], minhash.Config())[0] for text in (" a b c " * 40, *table)]
+    together = minhash.signatures([" a b c " * 40, *table], minhash.Config())
+    assert np.array_equal(minhash.signatures(["x ", " a b c " * 40], minhash.Config())[1], alone[0]) and np.array_equal(together, alone)
+    documents = [Document(str(i), text) for i, text in enumerate([*table, "1", "22", "...", "!!!", "No. 1", "No. 2"])]
+    assert select("minhash", documents, minhash.Config()) == [""] * 8
+    assert select("minhash", documents, minhash.Config(fold_digits=True))[:3] == ["", "near-duplicate: 0", ""]
+
+
+def test_numbers_tell_ngrams_apart():
+    grams = [next(ngrams([f"what is {a} plus {b} in words"], 7))[0].tolist() for a, b in ((12, 34), (12, 34), (56, 78))]
+    assert grams[0] == grams[1] != grams[2]
+
+
+def test_only_what_is_split_here_counts():
+    documents = [Document(str(i), words(i, 20), split="" if i < 2 else "benchmark") for i in range(40)]
+    select("split", documents, split.Config(heldout=1e-9))
+    assert sorted(document.split for document in documents[:2]) == ["heldout", "train"]
 
 
 def test_split_by_content_and_group():

@@ -51,8 +51,8 @@ def folder(tmp_path):
         (docs / f"note{i}.txt").write_text(prose(i))
         (docs / f"tool{i}.py").write_text(code(i))
     (docs / "copy.md").write_text("  " + prose(3).upper())
-    (docs / "near.md").write_text(prose(4, 700) + prose(99, 60))
-    (docs / "nearer.md").write_text(prose(4, 700) + prose(98, 60))
+    (docs / "near.md").write_text(prose(4, 700) + prose(99, 14))
+    (docs / "nearer.md").write_text(prose(4, 700) + prose(98, 14))
     (docs / "bad.txt").write_text(prose(50) + "L'Ã©tÃ© Ã  la plage, schÃ¶n fÃ¼r alle Ã¼ber vierzig.\n")
     (docs / "page.html").write_text(f"<html><head><script>var x=1</script></head><body><nav><a href=/>Home</a></nav>"
                                     f"<article><p>{prose(60)}</p></article></body></html>")

@@ -72,6 +72,20 @@ def test_ray_gives_the_same_bytes(docs, tmp_path):
     assert found == expected
 
 
+def test_no_number_of_workers_is_all_of_a_cluster(tmp_path):
+    for name, expected in (("ray", 0), ("local", Context(tmp_path).threads)):
+        assert engine.executor(curate.Config(["x"], executor=name), Context(tmp_path))[1] == expected
+        assert engine.executor(curate.Config(["x"], executor=name, workers=3), Context(tmp_path))[1] == 3
+
+
+def test_labels_never_meet(tmp_path):
+    for name in ("a-2", "x/a", "y/a", "z/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "t.txt").write_text("x")
+    found = source.find([str(tmp_path / name) for name in ("a-2", "x/a", "y/a", "z/a")], 0, 0, 0)
+    assert [one.label for one in found] == ["a-2", "a", "a-3", "a-4"]
+
+
 def test_killed_at_random_it_goes_on(docs, tmp_path):
     """Killed with all its workers after a random number of shards, seven times; then let through."""
     expected, _ = run(tmp_path, docs, "whole", workers=1)

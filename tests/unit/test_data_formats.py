@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
 import random
+import zlib
 
 import pytest
 
@@ -15,8 +17,9 @@ from stages.data import corpus, curate
 from stages.data.document import Document
 from stages.data.engine import select
 from stages.data.formats import jsonl
+from stages.data.formats import warc as warc_format
 from stages.data.sources import _files
-from stages.stage import Context, names, parse, resolve
+from stages.stage import Context, CuveeError, names, parse, resolve
 
 from test_data_curate import prose  # isort: skip
 
@@ -39,7 +42,7 @@ def test_ten_percent_broken_in_ten_ways(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "LONGEST", 100_000)
     docs = tmp_path / "docs"
     docs.mkdir()
-    good = [json.dumps({"text": prose(i, 150), "id": f"crawl-{i}"}).encode() for i in range(900)]
+    good = [json.dumps({"text": prose(i, 150), "url": f"http://crawl/{i}"}).encode() for i in range(900)]
     line = json.dumps({"text": prose(5000)}).encode()
     ways = {
         "record is not UTF-8": [line[:-3] + b"\xff\xfe" + line[-3:]] * 10,
@@ -51,7 +54,7 @@ def test_ten_percent_broken_in_ten_ways(tmp_path, monkeypatch):
         "lone surrogate in the text": [b'{"text": "half an emoji \\ud83d here"}'] * 10,
     }
     lines = good + [one for found in ways.values() for one in found]
-    lines += [json.dumps({"text": prose(7000 + i, 150), "id": "crawl-1"}).encode() for i in range(10)]  # ids twice
+    lines += [json.dumps({"text": prose(7000 + i, 150), "url": "http://crawl/1"}).encode() for i in range(10)]  # found twice
     random.Random(0).shuffle(lines)
     (docs / "crawl.jsonl").write_bytes(b"\n".join(lines))
     for i in range(10):
@@ -59,7 +62,7 @@ def test_ten_percent_broken_in_ten_ways(tmp_path, monkeypatch):
         (docs / f"bomb{i}.html").write_text("<div>" * 100_000 + prose(8000 + i))
     blocks = ["url", "encoding", "html", "quality", "exact", "split"]
     kept, removed, table = run(tmp_path, docs, blocks=blocks, options={"split": {"heldout": 0.01}})
-    assert len(kept) == 901  # every good one, the first of those with one id, and what the cut files still gave
+    assert len(kept) == 901  # every good one, the first of those with one address, and what the cut files still gave
     reasons = [(row["block"], row["reason"].partition(":")[0]) for row in removed.values()]
     for way in ways:
         assert reasons.count(("read", way)) == 10, way
@@ -142,8 +145,71 @@ def test_web_archives(tmp_path, packed):
     found = [document for document in read(tmp_path) if not document.fault]
     assert [document.url for document in found] == ["http://a/1", "http://a/5"]
     assert found[0].markup == "html" and "Все люди рождаются свободными" in found[0].text and found[1].text == "A text."
-    (tmp_path / name).write_bytes(data[:-40])
-    assert [document.url for document in read(tmp_path)][:1] == ["http://a/1"]  # a cut archive gives what is whole
+    (tmp_path / name).write_bytes(data[:-40])  # a cut archive gives what is whole, and says so
+    assert [(document.url, bool(document.fault)) for document in read(tmp_path)][0] == ("http://a/1", False)
+    assert [document.fault for document in read(tmp_path)][1:] == ["record cut short"]
+    for junk in (b"no archive at all\n" * 20, data + b"junk at the end\r\n\r\n"):
+        (tmp_path / name).write_bytes(junk)
+        assert read(tmp_path)[-1].fault.startswith("damaged web archive: ")
+
+
+def test_pages_as_servers_sent_them(tmp_path):
+    page = b"<p>" + b"a page of many words " * 30 + b"</p>"
+    packed, bare = gzip.compress(page), zlib.compress(page)[2:-4]
+    ways = {"gzip": ("Content-Encoding: gzip", packed), "GZIP": ("content-encoding: X-GZIP", packed), "left": ("Content-Encoding: gzip", page),
+            "bare": ("Content-Encoding: deflate", bare), "zlib": ("Content-Encoding: deflate", zlib.compress(page)),
+            "chunks": ("Transfer-Encoding: chunked", b"5;a=b\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (page[:5], len(page) - 5, page[5:])),
+            "both": ("Transfer-Encoding: chunked\r\nContent-Encoding: gzip", b"%X\r\n%s\r\n0\r\n\r\n" % (len(packed), packed)),
+            "joined": ("Transfer-Encoding: chunked", page), "plain": ("Server: x", page)}
+    bad = {"cut": ("Content-Encoding: gzip", packed[:10] + b"\xff" * 30), "br": ("Content-Encoding: br", b"\x1b\x12\x00\xff\xfe")}
+    records = [("response", f"http://{name}", f"HTTP/1.1 200 OK\r\nContent-Type: Text/HTML\r\n{head}\r\n\r\n".encode(), body)
+               for name, (head, body) in (bad | ways).items()]
+    (tmp_path / "a.warc").write_bytes(warc(records))
+    found = {document.url[7:]: document for document in read(tmp_path)}
+    assert [found[name].fault.partition(":")[0] for name in bad] == ["damaged or unknown content encoding"] * 2
+    assert list(found) == [*bad, *ways] and all(found[name].text.encode() == page and not found[name].fault for name in ways)
+    forward = io.BufferedReader(type("Bucket", (io.BytesIO,), {"seekable": lambda self: False})((tmp_path / "a.warc").read_bytes()))
+    assert [document.url for document in warc_format.read(_files.Entry("a.warc", 1, ""), forward)] == [f"http://{name}" for name in found]
+    (tmp_path / "a.warc").rename(tmp_path / "a.warc.xz")
+    assert read(tmp_path)[0].fault == "web archive packed as xz: pack it with gzip, a member a record"
+
+
+def test_a_disk_error_is_no_damaged_record(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n'))
+
+    class Failing(io.RawIOBase):
+        place = 0
+
+        def readable(self):
+            return True
+
+        def seekable(self):
+            return True
+
+        def seek(self, offset, whence=0):
+            self.place = 1000 if whence == 2 else self.place + offset if whence else offset
+            return self.place
+
+        def tell(self):
+            return self.place
+
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(_files.Entry, "open", lambda self: io.BufferedReader(Failing()))
+    for name in ("a.jsonl.gz", "a.warc", "a.parquet"):
+        next(tmp_path.iterdir()).rename(tmp_path / name)
+        with pytest.raises(CuveeError, match="Input/output error"):
+            read(tmp_path)
+
+
+def test_one_bad_value_costs_one_record_of_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    values = pyarrow.array([b"one", b"tw\xff", b"three"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    assert [(document.text, document.fault) for document in read(tmp_path)] == [("one", ""), ("", "record is not UTF-8"), ("three", "")]
 
 
 def pdf(text: str) -> bytes:
@@ -181,14 +247,14 @@ def test_mail(tmp_path):
 
 
 def test_records_carry_their_address(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x", "url": "http://a"}\n{"text": "y", "id": 7}\n{"text": "z", "id": ["odd"]}\n')
-    assert [document.url for document in read(tmp_path)] == ["http://a", "7", ""]
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "url": "http://a"}\n{"text": "y", "id": 7}\n{"text": "z", "id": "http://b"}\n')
+    assert [document.url for document in read(tmp_path)] == ["http://a", "", "http://b"]
 
 
 def test_url_duplicates():
-    urls = ["https://www.a.org/x/", "http://a.org/x#part", "http://a.org/x?utm_source=y", "http://a.org/y", "", ""]
+    urls = ["https://www.a.org/x/", "http://a.org/x#part", "http://a.org/x?utm_source=y", "http://a.org/y", "", "", "7", "7"]
     documents = [Document(str(i), f"text {i}", url=url) for i, url in enumerate(urls)]
-    assert select("url", documents) == ["", "same url: 0", "same url: 0", "", "", ""]
+    assert select("url", documents) == ["", "same url: 0", "same url: 0", *[""] * 5]
 
 
 def test_every_format_claims_extensions():

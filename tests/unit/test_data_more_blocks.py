@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +31,7 @@ from stages.data.blocks import (
 from stages.data.document import Document
 from stages.data.engine import select
 from stages.data.words import Words
-from stages.stage import ConfigError, Context, parse
+from stages.stage import ConfigError, Context, CuveeError, parse
 
 from test_data_blocks import RIGHTS, THAI  # isort: skip
 from test_data_curate import prose  # isort: skip
@@ -157,21 +161,56 @@ def test_personal_data_is_masked(text, masked):
 
 
 def test_domains():
-    config = domains.Config(blocked=["bad.com", "evil.org"], words=["casino"])
+    config = domains.Config(blocked=["bad.com", "evil.org", "www.blog.net"], words=["casino"])
     urls = {"http://bad.com/x": "blocked domain: bad.com", "https://www.deep.bad.com": "blocked domain: bad.com", "http://notbad.com": "",
-            "http://a.org/online-casino/1": "blocked word in the address: casino", "http://a.org/casinos": "", "17": "", "": ""}
+            "http://a.org/online-casino/1": "blocked word in the address: casino", "http://a.org/casinos": "", "17": "", "": "", "http://[::1": "malformed address",
+            "http://blog.net": "blocked domain: blog.net"}
     for url, reason in urls.items():
         assert cleaned(domains, "x", config, url=url)[0] == reason
     assert cleaned(domains, "x", domains.Config(allowed=["a.org"]), url="http://b.org")[0] == "domain not allowed: b.org"
 
 
-def test_licence_headers():
-    code = "def f():\n    return 1\n"
-    for header in ("# Copyright 2020 A\n# Licensed under the X.\n\n", "/*\n * Copyright (c) A. All rights reserved.\n */\n", "// SPDX-less license text\n"):
-        assert cleaned(licence, header + code, domain="code") == ("", code)
-    assert cleaned(licence, f"#!/bin/sh\n# Copyright A\n# SPDX-License-Identifier: MIT\n{code}", domain="code")[1] == f"#!/bin/sh\n# SPDX-License-Identifier: MIT\n{code}"
-    assert cleaned(licence, f"# what f does\n{code}", domain="code")[1] == f"# what f does\n{code}"
-    assert cleaned(licence, f"# Copyright A. Proprietary and confidential.\n{code}", domain="code")[0].startswith("licence: proprietary")
+@pytest.mark.parametrize("ending, text, left", [
+    ("py", "# Copyright 2020 A\n# Licensed under the X.\n\nx = 1\n", "x = 1\n"),
+    ("py", "#!/bin/sh\n# Copyright A\n# SPDX-License-Identifier: MIT\nx = 1\n", "#!/bin/sh\n# SPDX-License-Identifier: MIT\nx = 1\n"),
+    ("py", "# what f does\nx = 1\n", None), ("py", '"""Copyright 2020 A.\n\nLicensed.\n"""\nx = 1\n', None),
+    ("c", "/*\n * Copyright (c) A. All rights reserved.\n */\nint x;\n", "int x;\n"),
+    ("c", "/* Copyright A\n * SPDX-License-Identifier: GPL-2.0 OR MIT */\nint x;\n", "/* SPDX-License-Identifier: GPL-2.0 OR MIT */\nint x;\n"),
+    ("c", "#include <licence.h>\n#define LICENSE 1\nint x;\n", None), ("c", "// license text\nint x;\n", "int x;\n"),
+    ("vim", '" license\nset x\n', None), ("lua", "-- Copyright A\nx = 1\n", "x = 1\n"), ("go", "# Copyright A\n", None),
+    ("jsonl#7", "#include <licence.h>\nint x;\n", None), ("jsonl#7", "# Copyright A\nx = 1\n", "x = 1\n"),
+    ("html", "<!-- SPDX-License-Identifier: MIT -->\n<p>\n", "<!-- SPDX-License-Identifier: MIT -->\n<p>\n"),
+])  # fmt: skip
+def test_licence_headers(ending, text, left):
+    document = Document(f"s/a.{ending}", text, "code")
+    assert licence.clean(document, licence.Config()) == "" and document.text == (text if left is None else left)
+
+
+def test_a_licence_that_forbids_use_removes_the_file():
+    assert cleaned(licence, "# Copyright A. Proprietary and confidential.\nx = 1\n", domain="code")[0].startswith("licence: proprietary")
+
+
+def test_masking_takes_time_as_the_text_is_long():
+    begin = "-----BEGIN RSA PRIVATE KEY-----"
+    for text in ("%20" * 70_000 + "@", "a" * 200_000 + "@", "a@" + "b." * 100_000, begin * 7_000, "sk-" * 70_000, "+1 " * 70_000, "1 " * 100_000 + "@"):
+        started = time.process_time()
+        cleaned(pii, text)
+        assert time.process_time() - started < 1, text[:40]
+    assert cleaned(pii, f"{begin}\nProc-Type: 4,ENCRYPTED\n{'A' * 3000}\n-----END RSA PRIVATE KEY-----.") == ("", "<KEY>.")
+
+
+def test_pages_found_under_many_addresses_leave_one():
+    import yaml
+
+    order = yaml.safe_load((Path(__file__).parents[2] / "conf/data/web.yaml").read_text())["blocks"]
+    documents = [Document(str(i), "\n".join(prose(j) for j in range(5)), url=f"http://a/{i}") for i in range(12)] + [Document("x", prose(50))]
+    left = documents
+    for name in [name for name in order if name in ("url", "exact", "minhash", "lines")]:
+        left = [document for document, reason in zip(left, select(name, left), strict=True) if not reason]
+    assert [document.id for document in left] == ["0", "x"] and left[0].text.count("\n") == 9
+    for first, then in (("exact", "lines"), ("minhash", "lines"), ("split", "decontaminate"), ("classifier", "split")):
+        with pytest.raises(ConfigError, match=f"'{then}' stands before '{first}'"):
+            curate.check(parse(curate.Config, {"blocks": [then, first, *(["split"] if "split" not in (then, first) else [])]}, "data"), {})
 
 
 def test_code_is_run_and_its_output_shown():
@@ -187,12 +226,23 @@ def test_code_is_run_and_its_output_shown():
     exec(source, scope)
     assert len(calls) >= 4 and all(repr(eval(call, scope)) == value for call, value in calls)
     assert not any("fails" in call or "unknown" in call for call, _ in calls)
+    late = Document("s/late.py", "def words(text: str) -> list:\n    while len(text) > 8: pass\n    return set(text.split())\n", "code")
+    execute.filter([late], execute.Config(calls=8))
+    assert ">>>" not in late.text  # how many calls came before the limit is chance
     again = Document("s/tool.py", source, "code")
     execute.filter([again], execute.Config())
     assert again.text == document.text
 
 
-def test_the_classifier_finds_what_is_like_the_good_ones(tmp_path):
+def test_what_is_shown_of_a_set_is_the_same_in_every_process():
+    script = ("from stages import sandbox\nprint(sandbox.run([sandbox.Program('def f(text): return set(text.split())', "
+              "['f(\"river stone tea letter garden window\")'])])[0].values)")
+    run = [subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+           for _ in range(2)]
+    assert run[0] == run[1] and "river" in run[0]
+
+
+def test_the_classifier_finds_what_is_like_the_good_ones(tmp_path, monkeypatch):
     rng = random.Random(0)
     science, chat = "theorem proof energy molecule equation experiment theory".split(), "lol omg cool selfie party shopping vibes".split()
 
@@ -208,6 +258,9 @@ def test_the_classifier_finds_what_is_like_the_good_ones(tmp_path):
     assert sum(document.repeat == 3 for document in documents[::4]) > 70
     assert all(document.repeat == 1 for i, document in enumerate(documents) if i % 4)
     assert classifier.external(config)[0]["files"] == 1
+    monkeypatch.setattr(classifier, "LARGEST", 30)
+    alike = select("classifier", documents, classifier.Config(good=config.good, sample=1.0, min_score=0.2))
+    assert sum((not reason) == (i % 4 == 0) for i, reason in enumerate(alike)) >= 380
     with pytest.raises(ConfigError, match="good: is empty"):
         classifier.external(classifier.Config())
     with pytest.raises(ConfigError, match="upsample"):
@@ -242,6 +295,14 @@ def test_mixtures():
         mix.check(mix.Config(weights={"web": -1}))
 
 
+def test_a_mixture_of_copies_of_little_and_of_nothing():
+    documents = [Document(str(i), f"{i:03d}".ljust(100, "x"), source="ab"[i % 2], split="train", repeat=3 if i < 40 else 1) for i in range(400)]
+    assert mixed(documents, weights={"a": 1, "b": 5}) and max(document.repeat for document in documents) == 4
+    even = [Document(str(i), f"{i:03d}".ljust(100, "x"), source="ab"[i > 300], split="train") for i in range(400)]
+    assert set(mixed(even, temperature=0.001)) == {"a", "b"} and mix.epochs({1: 10**6, 2: 10}, {1: 1, 2: 1}, {}, mix.Config(temperature=1e-3))[1] == 1
+    assert mix.epochs({}, {}, {1: 1.0}, mix.Config()) == {}
+
+
 def test_an_existing_corpus_is_not_taken_again(tmp_path):
     docs, more = tmp_path / "docs", tmp_path / "more"
     docs.mkdir()
@@ -266,6 +327,20 @@ def test_an_existing_corpus_is_not_taken_again(tmp_path):
     assert identity["existing"][0]["label"] == "first"
     with pytest.raises(ConfigError, match="holds no train-"):
         run("third", sources=[str(more)], existing=[str(docs)])
+
+
+@pytest.mark.parametrize("field", ["benchmarks", "existing"])
+def test_a_benchmark_that_cannot_be_read_is_an_error(tmp_path, field):
+    import pyarrow.parquet
+
+    for name in ("docs", "bench", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "docs" / "a.txt").write_text(prose(1))
+    pyarrow.parquet.write_table(pyarrow.table({"query": ["of no known name"]}), tmp_path / "bench" / "train-00000.parquet")
+    config = parse(curate.Config, {"sources": [str(tmp_path / "docs")], field: [str(tmp_path / "bench")]}, "data")
+    with pytest.raises(CuveeError, match=f"data.{field}: bench/train-00000.parquet#1 .*text, content, prompt, question, messages"):
+        curate.run(config, {}, tmp_path / "out", Context(tmp_path))
+    assert not list((tmp_path / "out").iterdir())
 
 
 KOREAN = (RIGHTS["ko"] + ". 서로 형제애의 정신으로 행동하여야 한다. 모든 사람은 생명과 신체의 자유와 안전에 대한 권리를 가진다. 그는 이 책의 내용을 읽고 "

@@ -17,14 +17,15 @@ from stages.data.words import cut, spans
 from stages.stage import ConfigError, option, placement
 
 BITS = 18  # of a feature
-ROW = [("document", np.int64), ("feature", np.int32), ("value", np.float32)]
+ROW = [("document", np.int64), ("feature", np.int32), ("value", np.float32), ("draw", np.uint64)]
+LARGEST = 10_000  # documents of a sample: what fits in memory, whatever the corpus
 STEPS, RATE, MOMENTUM, DECAY, MIN_DOCUMENTS = 200, 2.0, 0.9, 1e-4, 3
 
 
 @dataclass
 class Config:
     good: list[str] = placement([], "files, folders, s3:// prefixes with documents as they should be")
-    sample: float = option(0.01, "share of the corpus that stands for the others")
+    sample: float = option(0.01, "share of the corpus that stands for the others; at most 10,000 documents")
     sample_characters: int = option(4000, "characters looked at in each document")
     min_score: float = option(0.1, "smallest score of a document that stays; 0 = all stay")
     upsample: list[Any] = option([], "[smallest score, copies in the training split], e.g. [[0.9, 3]]")
@@ -64,6 +65,7 @@ def features(documents: list[Document], config: Config) -> np.ndarray:
         values, counts = np.unique(combined[document >= 0], return_counts=True)
         rows = np.empty(len(values), ROW)
         rows["document"], rows["feature"], rows["value"] = values >> BITS, values & ((1 << BITS) - 1), np.log1p(counts)
+        rows["draw"] = 0
         norms = np.bincount(rows["document"], rows["value"].astype(np.float64) ** 2, minlength=len(documents)) ** 0.5
         rows["value"] /= norms[rows["document"]]
         parts.append(rows)
@@ -74,14 +76,26 @@ def keys(documents: list[Document], config: Config) -> np.ndarray:
     """The features of the documents in the sample."""
     from hashlib import blake2b
 
-    def drawn(document: Document) -> bool:
+    def draw(document: Document) -> int:
         digest = blake2b(f"{config.seed}:{document.id}".encode("utf-8", "replace"), digest_size=8).digest()
-        return int.from_bytes(digest) < config.sample * 2**64
+        return int.from_bytes(digest)
 
-    chosen = [i for i, document in enumerate(documents) if not document.split and drawn(document)]
-    rows = features([documents[i] for i in chosen], config)
-    rows["document"] = np.array(chosen, np.int64)[rows["document"]] if chosen else rows["document"]
+    draws = [(i, draw(document)) for i, document in enumerate(documents) if not document.split]
+    chosen = [(i, value) for i, value in draws if value < config.sample * 2**64]
+    rows = features([documents[i] for i, _ in chosen], config)
+    if chosen:
+        rows["draw"] = np.array([value for _, value in chosen], np.uint64)[rows["document"]]
+        rows["document"] = np.array([i for i, _ in chosen], np.int64)[rows["document"]]
     return rows
+
+
+def _sample(keys: Keys) -> np.ndarray:
+    """The rows of the LARGEST documents with the smallest draws."""
+    draws = np.empty(0, np.uint64)
+    for rows in keys.parts():
+        draws = np.unique(np.concatenate([draws, rows["draw"]]))[:LARGEST]
+    last = draws[-1] if len(draws) else 0
+    return np.concatenate([np.empty(0, ROW), *(rows[rows["draw"] <= last] for rows in keys.parts())])
 
 
 def join(keys: Keys, config: Config, state: State) -> None:
@@ -94,7 +108,7 @@ def join(keys: Keys, config: Config, state: State) -> None:
         rows["document"] += start
         parts.append(rows)
     positive = np.concatenate(parts)
-    others = np.concatenate([np.empty(0, ROW), *keys.parts()])
+    others = _sample(keys)
     names, others["document"] = np.unique(others["document"], return_inverse=True)
     if not len(names) or not good:
         raise ConfigError(f"options.classifier: {len(good)} good documents and {len(names)} of the corpus are too "

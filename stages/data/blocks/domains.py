@@ -18,7 +18,10 @@ def clean(document: Document, config: Config) -> str:
     """A reason to remove the document, or ""."""
     if "://" not in document.url:
         return ""
-    host = (urlsplit(document.url).hostname or "").removeprefix("www.")
+    try:
+        host = (urlsplit(document.url).hostname or "").removeprefix("www.")
+    except ValueError:  # brackets that hold no address of version 6
+        return "malformed address"
     above = {host[i:] for i in range(len(host)) if i == 0 or host[i - 1] == "."}
     if found := above & _set(tuple(config.blocked)):
         return f"blocked domain: {min(found)}"
@@ -36,5 +39,5 @@ _sets: dict[tuple[str, ...], frozenset[str]] = {}
 
 def _set(names: tuple[str, ...]) -> frozenset[str]:
     if names not in _sets:
-        _sets[names] = frozenset(name.lower() for name in names)
+        _sets[names] = frozenset(name.lower().removeprefix("www.") for name in names)
     return _sets[names]

@@ -37,6 +37,8 @@ def filter(documents: list[Document], config: Config) -> list[str]:
                 owners.append(i)
     shown: dict[int, list[str]] = {}
     for i, program, outcome in zip(owners, programs, sandbox.run(programs), strict=True):
+        if outcome.status != "ok":  # how far it came before a limit is the machine's affair
+            continue
         lines = [f">>> {call}\n{value}" for call, value in zip(program.calls, outcome.values, strict=True)
                  if value is not None and value != "None" and len(value) < 500 and " at 0x" not in value]
         if len(lines) >= config.min_calls:

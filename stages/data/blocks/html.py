@@ -7,7 +7,10 @@ from stages.data.document import Document
 from stages.stage import option
 
 # Tags whose nesting means depth: those that end by themselves are left out.
-TAG = re.compile(r"<(/?)(?!(?:br|p|li|img|td|th|tr|dt|dd|option|meta|link|input|hr|source)\b)[a-zA-Z]")
+TAG = re.compile(r"<(/?)(?!(?:br|p|li|img|td|th|tr|dt|dd|option|meta|link|input|hr|source|wbr|area|col|embed|track)\b)"
+                 r"([a-zA-Z][a-zA-Z0-9]*)(?:[^<>]*(/)>)?")  # fmt: skip
+# HTML ignores the slash of <div/>, which stays open; in drawings and formulas, <path/> is whole.
+OPEN = set("div span a b i em strong font center section article main nav aside header footer ul ol dl table tbody form pre".split())
 
 
 @dataclass
@@ -41,6 +44,8 @@ def _depth(page: str, limit: int) -> int:
     depth = deepest = 0
     if page.count("<") > limit:
         for tag in TAG.finditer(page):
+            if tag[3] and tag[2].lower() not in OPEN:
+                continue
             depth += -1 if tag[1] else 1
             if depth > deepest:
                 deepest = depth

@@ -3,7 +3,8 @@
 Zyda-2's parameters (arXiv 2411.06068): character 25-grams, 128 hashes in 8 bands of 16 rows. Two documents of
 Jaccard similarity s meet with probability 1-(1-s^16)^8: 0.2 at s=0.8, 0.46 at 0.85, 0.81 at 0.9. Like there, a
 meeting is not checked for a false positive. FineWeb's are 14 bands of 8 rows: 0.75 is as likely as not. Case,
-punctuation, numbers and white space make no difference.
+punctuation and white space make no difference; numbers do, unless `fold_digits`. A text of fewer characters than an
+n-gram is not compared.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Config:
     bands: int = option(8, "bands; one equal band makes two documents neighbours")
     rows: int = option(16, "hashes a band")
     seed: int = option(10, "seed of the hash functions")
+    fold_digits: bool = option(False, "numbers make no difference, as in FineWeb: tables that differ in them alone are equal")
     cross_source: bool = option(False, "compare documents of different sources only, as Zyda-2 does")
 
 
@@ -39,13 +41,13 @@ def check(config: Config) -> None:
 
 
 def keys(documents: list[Document], config: Config) -> np.ndarray:
-    """A row a document and band: 64 bits of the band's hashes, and a hash of the source."""
+    """A row a document and band: 64 bits of the band's hashes, and a hash of the source. None without an n-gram."""
     bands = signatures([document.text for document in documents], config).reshape(len(documents), config.bands, config.rows)
     rows = np.empty((len(documents), config.bands), ROW)
     rows["document"] = np.arange(len(documents))[:, None]
     rows["source"] = np.array([crc32(document.source.encode()) for document in documents], np.uint32)[:, None]
     rows["hash"] = _band_hashes(bands)
-    return rows.reshape(-1)
+    return rows[(bands != EMPTY).any((1, 2))].reshape(-1)
 
 
 def _band_hashes(bands: np.ndarray) -> np.ndarray:
@@ -104,7 +106,7 @@ def signatures(texts: list[str], config: Config) -> np.ndarray:
     full = np.zeros((len(texts), bins), bool)
     salt = mixed(np.array([config.seed], np.uint64))
     for group in groups(texts):
-        values, lengths = normal_codes([texts[i] for i in group])
+        values, lengths = normal_codes([texts[i] for i in group], config.fold_digits)
         for hashes, text in windows(values, lengths, config.characters):
             hashes = mixed(hashes ^ salt)
             column = (hashes >> np.uint64(32)) * np.uint64(bins) >> np.uint64(32)

@@ -13,7 +13,7 @@ from stages.data.document import Document, size
 from stages.data.join import Keys, State
 from stages.stage import ConfigError, option
 
-ROW = [("document", np.int64), ("part", np.uint64), ("bytes", np.int64)]
+ROW = [("document", np.int64), ("part", np.uint64), ("bytes", np.int64), ("copies", np.int64)]
 
 
 @dataclass
@@ -42,33 +42,37 @@ AFTER_APPLY = True  # only what goes into training counts
 
 
 def keys(documents: list[Document], config: Config) -> np.ndarray:
-    """A row a training document: its part and size."""
-    found = [(i, _hash(getattr(document, config.by)), size(document.text) * document.repeat)
+    """A row a training document: its part, size and copies."""
+    found = [(i, _hash(getattr(document, config.by)), size(document.text) * document.repeat, document.repeat)
              for i, document in enumerate(documents) if document.split in ("", "train")]
     return np.array(found, ROW)
 
 
 def join(keys: Keys, config: Config, state: State) -> None:
     """`parts` (hashes, in order) and `epochs` of each."""
-    volume: dict[int, int] = {}
+    volume, copies = {}, {}
     for rows in keys.parts():
         parts, inverse = np.unique(rows["part"], return_inverse=True)
         for part, count in zip(parts.tolist(), np.bincount(inverse, rows["bytes"]).tolist(), strict=True):
             volume[part] = volume.get(part, 0) + int(count)
-    found = epochs(volume, {_hash(name): weight for name, weight in config.weights.items()}, config)
+            copies[part] = max(copies.get(part, 1), int(rows["copies"][rows["part"] == part].max()))
+    found = epochs(volume, copies, {_hash(name): weight for name, weight in config.weights.items()}, config)
     state.array("parts", np.uint64, len(found))[:] = sorted(found)
     state.array("epochs", np.float64, len(found))[:] = [found[part] for part in sorted(found)]
 
 
-def epochs(volume: dict[int, int], weights: dict[int, float], config: Config) -> dict[int, float]:
-    """How many times each part is used, from its bytes and the weights."""
+def epochs(volume: dict[int, int], copies: dict[int, int], weights: dict[int, float], config: Config) -> dict[int, float]:
+    """How many times each part is used, from its bytes (copies counted), the most copies of a document and the weights."""
+    if not any(volume.values()):
+        return dict.fromkeys(volume, 0.0)  # the sentence for it is the curation's
     if not weights:
-        weights = {part: count ** (1 / config.temperature) for part, count in volume.items()}
+        largest = max(volume.values())  # powers of shares: those of bytes would overflow
+        weights = {part: (count / largest) ** (1 / config.temperature) for part, count in volume.items()}
     if missing := len({part for part, weight in weights.items() if weight and not volume.get(part)}):
         raise ConfigError(f"options.mix.weights: {missing} of {sorted(config.weights)} name no {config.by} of the corpus "
                           "that has text left; leave them out")
     total = sum(weights.values())
-    most = min(config.max_epochs * volume[part] * total / weight for part, weight in weights.items() if weight)
+    most = min(config.max_epochs / copies[part] * volume[part] * total / weight for part, weight in weights.items() if weight)
     if config.bytes > most:
         raise ConfigError(f"options.mix.bytes: {config.bytes} need more than max_epochs={config.max_epochs:g} of a part; "
                           f"at most {int(most)} can be mixed with these weights")

@@ -27,12 +27,13 @@ def check(config: Config) -> None:
 
 
 def keys(documents: list[Document], config: Config) -> np.ndarray:
-    """A row a document: 64 bits of the group's hash (of the content, where it has none), and the domain's."""
-    rows = np.empty(len(documents), ROW)
-    for i, document in enumerate(documents):
+    """A row a document without a side: 64 bits of the group's hash (of the content, where it has none), and the domain's."""
+    chosen = [(i, document) for i, document in enumerate(documents) if not document.split]
+    rows = np.empty(len(chosen), ROW)
+    for row, (i, document) in enumerate(chosen):
         key = document.group and f"{document.source}/{document.group}" or normalised(document.text)
         digest = sha256(f"{config.seed}:{key}".encode("utf-8", "replace")).digest()
-        rows[i] = i, int.from_bytes(digest[:8], "big"), crc32(document.domain.encode())
+        rows[row] = i, int.from_bytes(digest[:8], "big"), crc32(document.domain.encode())
     return rows
 
 

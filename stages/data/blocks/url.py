@@ -1,4 +1,4 @@
-"""Documents of one address: the first stays. Also records that came with the same identifier.
+"""Documents of one address: the first stays. A bare identifier is none: other files number their records alike.
 
 Addresses are equal but for the scheme, `www.`, a final slash, the fragment and parameters that only track.
 """
@@ -17,7 +17,7 @@ TRACKING = re.compile(r"(?<=[?&])(utm_\w+|fbclid|gclid|ref|session_?id)=[^&]*&?"
 
 def keys(documents: list[Document], config: None) -> np.ndarray:
     """A row a document that has an address."""
-    places = [i for i, document in enumerate(documents) if document.url]
+    places = [i for i, document in enumerate(documents) if "://" in document.url]
     rows = np.empty(len(places), exact.ROW)
     for row, i in enumerate(places):
         digest = blake2b(normal(documents[i].url).encode("utf-8", "replace"), digest_size=8).digest()

@@ -12,6 +12,8 @@ from typing import Any
 
 from stages.stage import ConfigError
 
+CLUSTER = True  # 0 workers are as many as there are CPUs, which are not this machine's
+
 
 @contextmanager
 def start(work: Callable[[int, int], Any], workers: int) -> Iterator[Callable[[int, list[int]], Iterator[int]]]:

@@ -14,7 +14,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def document(name: str, record: object) -> Document:
-    """The text is the first of TEXT_FIELDS that has one; `language`, `domain` and `url` (or `id`) are taken over."""
+    """The text is the first of TEXT_FIELDS that has one; `language`, `domain` and the address (`url`, or an `id` that is one)
+    are taken over."""
     if not isinstance(record, dict):
         return Document(name, str(record)[:1000], fault="record is no object with fields")
     value = next((record[field] for field in TEXT_FIELDS if record.get(field)), None)
@@ -29,7 +30,7 @@ def document(name: str, record: object) -> Document:
     if not value.isascii() and SURROGATE.search(value):
         fault = "lone surrogate in the text"
     language, domain = str(record.get("language") or ""), str(record.get("domain") or "prose")
-    found = record.get("url") or record.get("id") or ""
+    found = next((one for one in (record.get("url"), record.get("id")) if isinstance(one, str) and "://" in one), "")
     return Document(name, value, domain=domain if DOMAIN.fullmatch(domain) else "prose", fault=fault,
                     language=language if LANGUAGE.fullmatch(language) else "",
-                    url=str(found) if isinstance(found, (str, int)) else "")
+                    url=found)

@@ -22,8 +22,19 @@ def read(entry, file: BinaryIO) -> Iterator[Document]:
         wanted = [name for name in table.schema_arrow.names if name in (*TEXT_FIELDS, *OTHER_FIELDS)]
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=wanted):
-            for record in batch.to_pylist():
+            for record in _records(batch):
                 number += 1
-                yield document(f"{entry.name}#{number}", record)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+                name = f"{entry.name}#{number}"
+                yield Document(name, "", fault="record is not UTF-8") if record is None else document(name, record)
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk, not the file
+            raise
         yield Document(entry.name, "", fault=f"damaged Parquet file: {str(error).splitlines()[0][:80]}")
+
+
+def _records(batch) -> list[dict | None]:
+    """The rows; None for one with text that is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [None] if batch.num_rows == 1 else [_records(batch.slice(i, 1))[0] for i in range(batch.num_rows)]

@@ -90,7 +90,7 @@ class Entry:
 
 def unreadable(path: str | Path, error: OSError) -> CuveeError:
     """The sentence for a file or folder that is there but closed to us."""
-    return CuveeError(f"data.sources: {path} cannot be read ({error.strerror}); mend its permissions or leave it "
+    return CuveeError(f"data.sources: {path} cannot be read ({error.strerror}); mend its permissions or its disk, or leave it "
                       "out of the sources")
 
 
@@ -135,7 +135,9 @@ def documents(files: list[Entry]) -> Iterator[Document]:
             with entry.seekable() if getattr(module, "SEEKS", False) else entry.open() as file:
                 unpack = entry.compressed and not getattr(module, "UNPACKS", False)
                 yield from module.read(entry, COMPRESSED[entry.ending](file) if unpack else file)
-        except (EOFError, zlib.error, lzma.LZMAError, OSError):
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if getattr(error, "errno", None):  # the disk, not the record
+                raise unreadable(entry.path, error) from error
             if not entry.compressed:
                 raise
             yield Document(entry.name, "", fault=f"damaged {entry.ending[1:]} file")

@@ -40,7 +40,15 @@ class Blob(Entry):
 @cache
 def _reader(repository: str, process: int) -> subprocess.Popen:
     """`git cat-file --batch`, one a process: it answers in turn."""
-    return subprocess.Popen(["git", "-C", repository, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(["git", "-C", repository, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            env=_environment())  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    """What a foreign repository may ask of git: nothing off the network, no replaced objects, no other repository's names."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return kept | {"GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_NOSYSTEM": "1", "GIT_NO_REPLACE_OBJECTS": "1",
+                   "GIT_TERMINAL_PROMPT": "0"}  # fmt: skip
 
 
 def is_repository(path: Path) -> bool:
@@ -53,7 +61,7 @@ def entries(source: str) -> list[Entry]:
     path = str(Path(source).expanduser())
     try:
         command = ["git", "-C", path, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD"]
-        done = subprocess.run(command, capture_output=True, check=False)
+        done = subprocess.run(command, capture_output=True, check=False, env=_environment())
     except FileNotFoundError:
         raise CuveeError(f"data.sources: {source} is a Git repository and git is not installed; install it, or give "
                          "a checkout") from None
