@@ -115,6 +115,7 @@ def _recompute(choice: str) -> dict[str, Any]:
 
 def block_spec(config: ModelConfig, count: int, precision: str = "fp32") -> TransformerBlockSubmodules:
     """`count` layers of the architecture and the final norm, in torch modules or, but for FP32, Transformer Engine's."""
+    parallel = layers.ParallelBlock
     if precision == "fp32":
         projections, attention = SelfAttention, layers.DocumentAttention
         column, row = ColumnParallelLinear, RowParallelLinear
@@ -127,6 +128,8 @@ def block_spec(config: ModelConfig, count: int, precision: str = "fp32") -> Tran
         projections, attention = te.TESelfAttention, te.TEAttention
         column, row = TEColumnParallelLinear, TERowParallelLinear
         norm, swiglu = {"layernorm": te.TELayerNorm, "rmsnorm": te.TERMSNorm}[config.traits.norm], te.TESwiGLU
+        if config.traits.norm == "layernorm":
+            parallel = te.TEParallelBlock
     parts = {
         "input_layernorm": norm,
         "self_attention": ModuleSpec(
@@ -138,7 +141,7 @@ def block_spec(config: ModelConfig, count: int, precision: str = "fp32") -> Tran
             module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=swiglu)
         ),
     }
-    block = layers.ParallelBlock
+    block = parallel
     if not config.traits.parallel_block:
         block, parts["pre_mlp_layernorm"] = layers.SequentialBlock, norm
     spec = ModuleSpec(module=block, submodules=TransformerLayerSubmodules(**parts))

@@ -60,9 +60,9 @@ class Packing(PackedSeqParams):
     @cached_property
     def positions(self) -> Tensor:
         """int64 [T], the position in its document of each token that this rank has."""
-        starts, total = self.cu_seqlens_q[:-1].long(), sum(self.lengths)
-        lengths = torch.tensor(self.lengths, device=starts.device)
-        found = torch.arange(total, device=starts.device) - starts.repeat_interleave(lengths, output_size=total)
+        lengths = np.asarray(self.lengths)
+        found = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        found = to_device(found, self.cu_seqlens_q.device)
         return found if self.share is None else found[self.share]
 
     @cached_property
@@ -70,10 +70,17 @@ class Packing(PackedSeqParams):
         return _layout(self.lengths, self.cu_seqlens_q.device)
 
 
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """The array on a device. From pinned memory, so that no GPU has to finish its work first."""
+    tensor = torch.from_numpy(array)
+    cuda = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor.to(device)
+
+
 def pack(lengths: list[int], device: torch.device | str = "cpu", share: np.ndarray | None = None) -> Packing:
     """The packing of consecutive documents of `lengths` tokens (each at least 1); share: see Packing."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    cu_seqlens = torch.from_numpy(starts.astype(np.int32)).to(device)
+    cu_seqlens = to_device(starts.astype(np.int32), device)
     longest = max(lengths)
     if cu_seqlens.is_cuda:
         # Attention compiles a kernel for every value: few values, each at most a quarter above the need.
@@ -89,7 +96,7 @@ def pack(lengths: list[int], device: torch.device | str = "cpu", share: np.ndarr
         cu_seqlens_q_padded=None if share is None else cu_seqlens,
         cu_seqlens_kv_padded=None if share is None else cu_seqlens,
         lengths=list(lengths),
-        share=None if share is None else torch.from_numpy(share).to(device),
+        share=None if share is None else to_device(share, device),
     )
 
 
@@ -112,4 +119,4 @@ def _layout(lengths: list[int], device: torch.device) -> Layout:
         buckets.append(Bucket(offset, len(members), length))
         first, offset = last, offset + rows.size
     pad, positions = np.concatenate(pad), np.concatenate(positions)
-    return Layout(buckets, *(torch.from_numpy(x).to(device) for x in (pad, unpad, positions)))
+    return Layout(buckets, *(to_device(x, device) for x in (pad, unpad, positions)))

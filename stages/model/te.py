@@ -23,7 +23,8 @@ from transformer_engine.pytorch.constants import TE_DType
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
-from stages.model import rope
+from stages.model import residual_cuda, rope
+from stages.model.layers import ParallelBlock
 from stages.model.packing import Packing
 from stages.stage import CuveeError
 
@@ -105,6 +106,26 @@ class TERMSNorm(TELayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps, _quantizer(self.feeds, forward=True))
+
+
+class TEParallelBlock(ParallelBlock):
+    """ParallelBlock around a centred norm, with its sums and its norm's backward pass fused."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        rotary_pos_emb: None = None,
+        packed_seq_params: Packing | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states: [tokens, 1, hidden] (a tensor-parallel rank's share of the tokens under sequence parallel)."""
+        norm = self.input_layernorm
+        quantizer = _quantizer(norm.feeds, forward=True)
+        residual, to_attention, to_mlp = residual_cuda.Fork.apply(hidden_states, norm.weight, norm.eps, quantizer)
+        attention, _ = self.self_attention(to_attention, packed_seq_params=packed_seq_params)
+        mlp, _ = self.mlp(to_mlp)
+        return residual_cuda.Join.apply(residual, attention, mlp), None
 
 
 class TESwiGLU(MegatronModule):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.model.packing import Packing, pack
+from stages.model.packing import Packing, pack, to_device
 from stages.stage import CuveeError
 from stages.trainer.batch import Group, Sequence
 
@@ -137,7 +138,7 @@ def build(
     arrays |= {"tokens": padded[None], "rows": rows, "last": last,
                "group": np.repeat(np.arange(len(groups)), [len(group) for group in groups])}  # fmt: skip
     fields = {name: np.array([s.fields[name] for s in sequences], np.float32) for name in sequences[0].fields}
-    put = lambda array: torch.from_numpy(array).to(sharing.device, non_blocking=True)  # noqa: E731
+    put = partial(to_device, device=sharing.device)
     return Microbatch(
         **{name: put(array) for name, array in arrays.items()}, fields={name: put(a) for name, a in fields.items()},
         packing=pack(documents, sharing.device, share), numbers=numbers, places=at - 1 - (ends - lengths)[sequence],
