@@ -6,31 +6,44 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import open_launcher, open_store
-from flows.config import compose, state_dir
+from flows import open_launcher, open_store, shown
+from flows.config import choices, compose, default, split, state_dir
 from flows.graph import Graph, Node
-from flows.plan import check_layout
+from flows.plan import table
+from flows.pushgateway import pushing
 from flows.reconcile import registered
 from flows.step import Cancelled, Maker
 from flows.tracking import Tracker
 from stages.stage import CuveeError
 
+GROUPS = ("recipe", "scale", "cluster")  # what the UI's form offers as lists to choose from
+Recipe, Scale, Cluster = (Literal[choices(group)] for group in GROUPS)
+
 
 @flow(name="cuvee", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=256))
-def cuvee(overrides: list[str] = [], until: list[str] = []) -> None:  # noqa: B006 (the UI's form shows the defaults)
+def cuvee(
+    recipe: Recipe = default("recipe"), scale: Scale = default("scale"), cluster: Cluster = default("cluster"),
+    overrides: list[str] = [], until: list[str] = [],  # noqa: B006 (the UI's form shows the defaults)
+) -> None:  # fmt: skip
     """Run a recipe: finished artifacts are skipped, the rest is made.
 
     Args:
-        overrides: Hydra overrides, e.g. "recipe.experts=[code,math]", "expert.math.sft.lr=1e-3".
-        until: names of stages to stop at (with all that they need); empty runs the whole recipe.
+        recipe: What to make.
+        scale: How large.
+        cluster: Where.
+        overrides: Hydra overrides, one an item, e.g. "data.sources=[~/docs]", "expert.math.sft.lr=1e-3". They win over
+            the choices above.
+        until: Names of stages to stop at (with all that they need); empty runs the whole recipe.
     """
-    graph = Graph(compose(overrides))
+    chosen, rest = split(overrides, GROUPS)
+    chosen = {"recipe": recipe, "scale": scale, "cluster": cluster} | chosen
+    graph = Graph(compose([*(f"{group}={choice}" for group, choice in chosen.items()), *rest]))
     flow_run = str(runtime.flow_run.id)
     with registered(flow_run):
         run_graph(graph, graph.until(until), flow_run, show=print if os.environ.get("CUVEE_TERMINAL") else None)
@@ -39,14 +52,14 @@ def cuvee(overrides: list[str] = [], until: list[str] = []) -> None:  # noqa: B0
 def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[str], None] | None) -> None:
     """Make every node. Raises CuveeError naming the first stage that failed, after its siblings have ended."""
     conf = graph.conf
-    for node in nodes:
-        check_layout(node, conf.cluster)
     logger = get_run_logger()
     launcher, store = open_launcher(conf), open_store(conf)
+    shown.plan(list(table(store, graph, nodes)))  # which also refuses what can't run
     launcher.warm()
-    tracker = Tracker(conf, flow_run, len(nodes))
+    tracker = pushing(Tracker(conf, flow_run, len(nodes)), conf.recipe.name, flow_run)
     cluster = conf.cluster
-    maker = Maker(store, launcher, tracker, state_dir() / "work", cluster.cores, cluster.device, cluster.devices)
+    cores = cluster.cores * (cluster.concurrent_stages if launcher.REMOTE else 1)
+    maker = Maker(store, launcher, tracker, state_dir() / "work", cores, cluster.device, cluster.devices)
     width = {node.depth: sum(n.depth == node.depth for n in nodes) for node in nodes}
     order = {node.name: at for at, node in enumerate(nodes)}
     progress = Progress(len(nodes), show or logger.info)
@@ -54,10 +67,10 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
     def make(name: str) -> None:
         node = graph.nodes[name]
         log = get_run_logger()
-        # A stage that has siblings gets one core, so that they run side by side; a stage alone gets them all. So does
-        # what shares GPUs or runs as several processes: one at a time.
-        alone = width[node.depth] == 1 or cluster.device == "cuda" or (node.distributed and cluster.devices > 1)
-        threads = cluster.cores if alone else 1
+        # On one machine a stage that has siblings gets its share of the cores, so that they run side by side; a stage
+        # alone gets all.
+        alone = launcher.REMOTE or width[node.depth] == 1 or (node.distributed and cluster.devices > 1)
+        threads = cluster.cores if alone else max(1, cluster.cores // cluster.concurrent_stages)
         done_before = store.record(node.fingerprint) is not None
 
         def on_line(line: str) -> None:
@@ -83,6 +96,7 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
         errors = [f for f in failures if isinstance(f, Exception)]
         if failures or any(not f.state.is_completed() for f in futures.values()):
             raise _first(errors)
+        shown.result(store, nodes)
     except BaseException:
         maker.cancel()
         raise
@@ -143,7 +157,8 @@ def start(overrides: list[str], until: list[str]) -> None:
     from prefect.logging.handlers import APILogHandler
 
     try:
-        cuvee(overrides=overrides, until=until)
+        chosen, rest = split(overrides, GROUPS)
+        cuvee(**chosen, overrides=rest, until=until)
     except Cancelled:
         raise KeyboardInterrupt from None
     finally:

@@ -48,6 +48,8 @@ class Job:
 class Launcher:
     """Starts the worker on the first job; `close` ends it and all that runs in it."""
 
+    REMOTE = False  # whether every stage has cores of its own, elsewhere
+
     def __init__(self, cluster: Any = None) -> None:
         if cluster is not None and cluster.devices > 1 and type(self) is Launcher:
             raise ConfigError(
