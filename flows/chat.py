@@ -21,14 +21,13 @@ class Speaker:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from stages.chat.template import END_OF_TURN
         from stages.model.inference import extend
 
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = extend(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.stop = {self.tokenizer.convert_tokens_to_ids(END_OF_TURN), self.tokenizer.eos_token_id}
+        self.stop = {self.tokenizer.eos_token_id}
         self.context = int(self.model.config.max_position_embeddings)
 
     def prompt(self, messages: list[dict[str, str]], safety: str = "CONTEXTUAL") -> list[int]:

@@ -1,18 +1,24 @@
 """A byte-level BPE tokenizer from the corpus: digits one by one, the recipe's special tokens and chat template."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from stages.chat.template import COMMAND, Special
 from stages.data import corpus
+from stages.data.document import size
 from stages.data.text import units
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, unknown
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {"corpus": Input(Kind.CORPUS), "prompts": Input(Kind.PROMPTS, many=True, optional=True)}
 OUTPUT = Kind.TOKENIZER
+Group = tuple[str, str]  # domain, language
 BYTES = 256
 # What a corpus may lack and every tokenizer must carry: other scripts, emoji, runs of white space, numbers, controls.
 STRESS = "naïve 汉字 ไทย हिन्दी עברית 한국어 👩‍🔬\n\n\t    indented  \r\n1234567890 ²³ ½ e\u0301 \x00\x7f\ufeff <|almost|>"
@@ -30,73 +36,85 @@ class Config:
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     """Raises ConfigError for a template that does not exist or a vocabulary too small for bytes and special tokens."""
-    from stages.chat.template import SPECIAL_TOKENS, TEMPLATE
+    from stages.chat.template import TEMPLATE, special
 
     if config.template not in TEMPLATE:
         raise ConfigError(f"template: {unknown(config.template, sorted(TEMPLATE))}")
-    least = BYTES + len(SPECIAL_TOKENS)
+    tokens = special(config.template).tokens
+    least = BYTES + len(tokens)
     if config.vocab_size < least:
         raise ConfigError(f"vocab_size: {config.vocab_size} is too small for {BYTES} bytes and "
-                          f"{len(SPECIAL_TOKENS)} special tokens; give at least {least}")
+                          f"{len(tokens)} special tokens; give at least {least}")
+
+
+def external(config: Config) -> dict[str, str]:
+    """The chat template's digest: its text is part of the artifact."""
+    from stages.chat.template import TEMPLATE
+
+    return {"template": sha256(TEMPLATE[config.template].encode()).hexdigest()}
 
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
-    """Writes a Hugging Face tokenizer folder and fertility.json. Raises CuveeError when a text does not survive it."""
-    groups = _groups(inputs["corpus"], inputs.get("prompts") or {})
-    sample = balanced(groups, config.sample_bytes, config.balance, config.seed)
-    ctx.log(f"training on {len(sample)} of {sum(map(len, groups.values()))} documents")
-    tokenizer = train(sample, config.vocab_size, config.min_frequency)
+    """Writes a Hugging Face tokenizer folder and fertility.json.
+
+    The corpus is read as a stream: memory holds the different words. Raises CuveeError when a text does not survive it.
+    """
+    from stages.chat.template import special
+
+    own = special(config.template)
+    texts = partial(_texts, inputs["corpus"], inputs.get("prompts") or {})
+    sizes: dict[Group, int] = {}
+    for group, text in texts():
+        sizes[group] = sizes.get(group, 0) + size(text)
+    taken = fractions(sizes, config.sample_bytes, config.balance)
+    ctx.log(f"training on {sum(taken[group] * sizes[group] for group in sizes) / 1e6:.2f} of {sum(sizes.values()) / 1e6:.2f} MB")
+    tokenizer = train(sample(texts(), taken, config.seed), config.vocab_size, config.min_frequency, own)
     save(tokenizer, config.template, out)
-    rows = fertility(tokenizer, inputs["corpus"].path)
-    (out / "fertility.json").write_text(json.dumps(rows, indent=1) + "\n")
-    size, tokens = (sum(row[key] for row in rows) for key in ("bytes", "tokens"))
-    return {"vocab_size": tokenizer.get_vocab_size(), "bytes_per_token": size / tokens}
+    found = fertility(tokenizer, inputs["corpus"].path, own)
+    (out / "fertility.json").write_text(json.dumps(found, indent=1) + "\n")
+    whole = found["round_trip"]
+    return {
+        "vocab_size": tokenizer.get_vocab_size(), "bytes_per_token": whole["bytes"] / whole["tokens"],
+        **{f"bytes_per_token/{row['language'] or 'unknown'}": row["bytes_per_token"] for row in found["by_language"]},
+    }  # fmt: skip
 
 
-def _groups(source: Artifact, prompts: dict[str, Artifact]) -> dict[tuple[str, str], list[str]]:
-    """Training texts by domain and language; the prompts of a domain are a group of their own."""
-    groups: dict[tuple[str, str], list[str]] = {}
+def _texts(source: Artifact, prompts: dict[str, Artifact]) -> Iterator[tuple[Group, str]]:
+    """Training texts with their domain and language; the prompts of a domain are a group of their own."""
     for document in corpus.documents(source.path, "train"):
-        groups.setdefault((document["domain"], document["language"]), []).append(document["text"])
+        yield (document["domain"], document["language"]), document["text"]
     for name, artifact in sorted(prompts.items()):
-        groups["instructions", name] = [
-            "\n".join([*(turn["content"] for turn in prompt["messages"]), prompt["answer"]])
-            for prompt in corpus.prompts(artifact.path, "train")
-        ]
-    return groups
+        for prompt in corpus.prompts(artifact.path, "train"):
+            yield ("instructions", name), "\n".join([*(turn["content"] for turn in prompt["messages"]), prompt["answer"]])
 
 
-def balanced(groups: dict[tuple[str, str], list[str]], budget: int, power: float, seed: int) -> list[str]:
-    """Texts of at most about `budget` bytes: a group gets a share ~ bytes^power, or all of it where that is less.
+def fractions(sizes: dict[Group, int], budget: int, power: float) -> dict[Group, float]:
+    """The share of each group's bytes that is taken: ~ bytes^power within the budget, or all of it where that is less.
 
     What small groups leave over goes to the larger ones, in the same proportion.
     """
-    sizes = {group: sum(len(text.encode()) for text in texts) for group, texts in groups.items() if any(texts)}
-    left, shares = budget, dict.fromkeys(sizes, 0.0)
+    sizes = {group: count for group, count in sizes.items() if count}
+    left, found = budget, {}
     waiting = sorted(sizes, key=lambda group: (sizes[group] ** (1 - power), group))  # first those that take the least
     for i, group in enumerate(waiting):
         total = sum(sizes[other] ** power for other in waiting[i:])
-        shares[group] = min(sizes[group], left * sizes[group] ** power / total)
-        left -= shares[group]
-    sample = []
-    for group in sorted(sizes):
-        texts = groups[group]
-        if shares[group] < sizes[group]:
-            texts = sorted(texts, key=lambda text: sha256(f"{seed}:{text}".encode()).digest())
-        taken = 0
-        for text in texts:
-            if taken >= shares[group]:
-                break
-            sample.append(text)
-            taken += len(text.encode())
-    return sample
+        share = min(sizes[group], left * sizes[group] ** power / total)
+        found[group] = share / sizes[group]
+        left -= share
+    return found
 
 
-def train(texts: list[str], vocab_size: int, min_frequency: int) -> Any:
+def sample(texts: Iterable[tuple[Group, str]], taken: dict[Group, float], seed: int) -> Iterator[str]:
+    """The texts whose hash falls into their group's share: which they are depends on no other text and no order."""
+    for group, text in texts:
+        share = taken.get(group, 0.0)
+        if share >= 1 or share and int.from_bytes(sha256(f"{seed}:{text}".encode()).digest()[:8]) < share * 2**64:
+            yield text
+
+
+def train(texts: Iterable[str], vocab_size: int, min_frequency: int, special: Special = COMMAND) -> Any:
     """A `tokenizers.Tokenizer`. Special tokens have the first ids; every byte has a token, so nothing is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    from stages.chat.template import BOS, SPECIAL_TOKENS
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -104,12 +122,13 @@ def train(texts: list[str], vocab_size: int, min_frequency: int) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(special.tokens), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(texts, trainer, len(texts))
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{special.bos} $A", pair=f"{special.bos} $A {special.bos} $B",
+        special_tokens=[(special.bos, tokenizer.token_to_id(special.bos))],
     )
     return tokenizer
 
@@ -118,10 +137,11 @@ def save(tokenizer: Any, template: str, out: Path) -> None:
     """The folder that `AutoTokenizer.from_pretrained` loads."""
     from transformers import PreTrainedTokenizerFast
 
-    from stages.chat.template import BOS, END_OF_TURN, PAD, TEMPLATE, UNK
+    from stages.chat.template import TEMPLATE, special
 
+    own = special(template)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=END_OF_TURN, pad_token=PAD, unk_token=UNK,
+        tokenizer_object=tokenizer, bos_token=own.bos, eos_token=own.end_of_turn, pad_token=own.pad, unk_token=own.unk,
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = TEMPLATE[template]
@@ -133,30 +153,36 @@ def save(tokenizer: Any, template: str, out: Path) -> None:
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def fertility(tokenizer: Any, path: Path) -> list[dict[str, Any]]:
-    """Rows by domain and language: documents, bytes, tokens, bytes_per_token, tokens_per_word, on the held-out text.
+def fertility(tokenizer: Any, path: Path, special: Special = COMMAND) -> dict[str, Any]:
+    """Held-out text in tokens, and how much of it was read back from them.
 
-    Raises CuveeError when a text does not come back from its tokens byte by byte.
+    by_domain: rows of each domain and language, by_language: of each language; with documents, bytes, tokens,
+    bytes_per_token, tokens_per_word. round_trip: what came back byte by byte, which all does or CuveeError is raised.
     """
-    from stages.chat.template import SPECIAL_TOKENS
-
     tokenizer.encode_special_tokens = True  # a special token's name inside a text is text
-    rows: dict[tuple[str, str], list[int]] = {}
-    stress = {"id": "stress test", "text": STRESS + "".join(SPECIAL_TOKENS), "domain": "", "language": ""}
-    documents = [*corpus.documents(path, "heldout"), stress]
-    encodings = tokenizer.encode_batch_fast([document["text"] for document in documents], add_special_tokens=False)
-    for document, encoding in zip(documents, encodings, strict=True):
-        text, ids = document["text"], encoding.ids
-        if tokenizer.decode(ids, skip_special_tokens=False) != text:
-            raise CuveeError(f"data.tokenizer: {document['id']} does not come back from its tokens as it was; "
-                             "this is a defect of the tokenizer's settings, not of your text")
-        if document is not stress:
-            row = rows.setdefault((document["domain"], document["language"]), [0, 0, 0, 0])
-            for i, count in enumerate((1, len(text.encode()), len(ids), len(units(text)))):
-                row[i] += count
+    rows: dict[tuple[str, ...], list[int]] = {}
+    checked = {"documents": 0, "bytes": 0, "tokens": 0, "characters_of_the_stress_test": len(STRESS)}
+    stress = {"id": "stress test", "text": STRESS + "".join(special.tokens)}
+    documents = chain([stress], corpus.documents(path, "heldout"))
+    for some in iter(lambda: list(islice(documents, 256)), []):
+        encodings = tokenizer.encode_batch_fast([document["text"] for document in some], add_special_tokens=False)
+        for document, encoding in zip(some, encodings, strict=True):
+            text, ids = document["text"], encoding.ids
+            if tokenizer.decode(ids, skip_special_tokens=False) != text:
+                raise CuveeError(f"data.tokenizer: {document['id']} does not come back from its tokens as it was; "
+                                 "this is a defect of the tokenizer's settings, not of your text")
+            if document is stress:
+                continue
+            counts = {"documents": 1, "bytes": size(text), "tokens": len(ids)}
+            checked |= {name: checked[name] + count for name, count in counts.items()}
+            for key in ((document["language"],), (document["language"], document["domain"])):
+                row = rows.setdefault(key, [0, 0, 0, 0])
+                rows[key] = [a + b for a, b in zip(row, [*counts.values(), len(units(text))], strict=True)]
     tokenizer.encode_special_tokens = False
-    return [
-        {"domain": domain, "language": language, "documents": documents, "bytes": size, "tokens": tokens,
-         "bytes_per_token": round(size / tokens, 3), "tokens_per_word": round(tokens / max(words, 1), 3)}
-        for (domain, language), (documents, size, tokens, words) in sorted(rows.items())
-    ]
+    found = [
+        {**dict(zip(("language", "domain"), key, strict=False)), "documents": count, "bytes": volume, "tokens": tokens,
+         "bytes_per_token": round(volume / tokens, 3), "tokens_per_word": round(tokens / max(words, 1), 3)}
+        for key, (count, volume, tokens, words) in sorted(rows.items())
+    ]  # fmt: skip
+    return {"by_domain": [row for row in found if "domain" in row], "by_language": [row for row in found if "domain" not in row],
+            "round_trip": checked}  # fmt: skip

@@ -116,13 +116,13 @@ def _rendered(folder: Path, prompts: dict[str, Artifact], config: Config) -> Ite
     """Ids of each training conversation, the answer as the assistant's turn, `prompts_repeat` times over."""
     from transformers import AutoTokenizer
 
-    from stages.chat.render import render
+    from stages.chat.render import render_row
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
     for name, artifact in sorted(prompts.items()):
         for prompt in corpus.prompts(artifact.path, "train"):
-            ids = render(tokenizer, [*prompt["messages"], {"role": "assistant", "content": prompt["answer"]}]).ids
+            ids = render_row(tokenizer, prompt, prompt["answer"]).ids
             if ids[:1] != [tokenizer.bos_token_id]:
                 raise CuveeError(f"data.tokens: prompt {prompt['id']} of {name} does not begin with "
                                  f"{tokenizer.bos_token}; the tokenizer's chat template must write it")

@@ -22,7 +22,10 @@ SHOWN = 400  # characters kept of each end of a prompt, for a reader; the artifa
 class Config:
     engine: str = option("transformers", "what generates", "rollout/engines")
     prompts_per_domain: int = option(500, "held-out prompts a domain, the first ones of the file; 0 takes all")
-    max_new_tokens: int = option(1024, "longest completion in tokens; generation is greedy")
+    max_new_tokens: int = option(1024, "longest completion in tokens; the scored one is greedy")
+    samples: int = option(
+        0, "completions sampled of each prompt at temperature 1 besides; the mean of their rewards is what RL raises"
+    )
     perplexity_tokens: int = option(1_000_000, "held-out tokens a domain for perplexity")
     perplexity_length: int = option(8192, "longest piece of a document for perplexity, in tokens")
     dtype: str = option("bfloat16", "precision of the perplexity pass", ("float32", "bfloat16"))
@@ -33,12 +36,14 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     for name in ("max_new_tokens", "perplexity_length", "perplexity_tokens"):
         if getattr(config, name) < 2:
             raise ConfigError(f"{name}: {getattr(config, name)} scores nothing; give at least 2")
-    if config.prompts_per_domain < 0:
-        raise ConfigError(f"prompts_per_domain: {config.prompts_per_domain} is negative; 0 takes all prompts")
+    for name, meaning in {"prompts_per_domain": "takes all prompts", "samples": "samples none"}.items():
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}: {getattr(config, name)} is negative; 0 {meaning}")
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
-    generated = len(inputs["prompts"]) * (config.prompts_per_domain or 500) * config.max_new_tokens
+    prompts = len(inputs["prompts"]) * (config.prompts_per_domain or 500)
+    generated = prompts * (1 + config.samples) * config.max_new_tokens
     return Estimate(parameters=inputs["model"].parameters, generated_tokens=generated)
 
 
@@ -57,12 +62,13 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     model: Artifact = inputs["model"]
     digests = tokenizer_digests(model.path)
     _require_same_tokenizer(digests, inputs)
-    samples = _generate(config, model, _prompts(config, inputs["prompts"]), ctx)
+    prompts = held_out(inputs["prompts"], config.prompts_per_domain)
+    samples = answer(config, model, prompts, ctx, config.samples)
     if "reward" in inputs:
-        _judge(samples, inputs["reward"], ctx)
-    held_out = {domain: digest(one.path / "heldout.jsonl") for domain, one in inputs["prompts"].items()}
+        judge(samples, inputs["reward"], ctx)
+    suites = {domain: digest(one.path / "heldout.jsonl") for domain, one in inputs["prompts"].items()}
     scores = {
-        "digests": {**digests, "prompts": held_out},
+        "digests": {**digests, "prompts": suites},
         "engine": asdict(config) | {"temperature": 0.0},
         "domains": {domain: summary(rows) for domain, rows in by(samples, "domain").items()},
         "lengths": {
@@ -108,48 +114,58 @@ def _require_same_tokenizer(digests: dict[str, str], inputs: dict[str, Any]) -> 
                     )
 
 
-def _prompts(config: Config, sources: dict[str, Artifact]) -> list[dict[str, Any]]:
+def held_out(sources: dict[str, Artifact], count: int, skip: int = 0) -> list[dict[str, Any]]:
+    """`count` held-out prompts of each domain (0: all), after the first `skip`. Raises CuveeError for a domain without."""
     found = []
     for domain in sorted(sources):  # not in the recipe's order of experts, which is no part of the address
         path = sources[domain].path / "heldout.jsonl"
         with open(path, encoding="utf-8") as file:  # not splitlines(): a text may hold other line ends, such as U+2028
-            rows = [json.loads(line) for line in file]
+            rows = [json.loads(line) for line in file][skip:]
         if not rows:
-            raise CuveeError(f"{path} holds no prompt; raise the held-out count of prompts-{domain}")
-        found += rows[: config.prompts_per_domain or None]
+            raise CuveeError(f"{path} holds no prompt{f' after the first {skip}' if skip else ''}; raise the held-out "
+                             f"count of prompts-{domain}")  # fmt: skip
+        found += rows[: count or None]
     return found
 
 
-def _generate(config: Config, model: Artifact, prompts: list[dict], ctx: Context) -> list[dict[str, Any]]:
-    """Each prompt with its greedy completion, the verifier's reward and the score."""
+def answer(
+    config: Any, model: Artifact, prompts: list[dict], ctx: Context, samples_each: int = 0
+) -> list[dict[str, Any]]:
+    """Each prompt with its greedy completion, the verifier's reward and the score; with `samples_each` also
+    `reward_sampled`, the mean reward of so many completions at temperature 1. config: engine, max_new_tokens."""
     from transformers import AutoTokenizer
 
-    from stages.chat.render import render, response
-    from stages.chat.template import END_OF_TURN
+    from stages.chat.render import render_row, response
 
     tokenizer = AutoTokenizer.from_pretrained(model.path)
-    stop = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    stop = tokenizer.eos_token_id
     engine = resolve("rollout/engines", config.engine).Engine(model.path, ctx)
     verifier = resolve("rewards", "verifier").Reward(ctx, None)
     samples = []
     for domain, rows in by(prompts, "domain").items():
-        ids = [render(tokenizer, row["messages"], generation=True).ids for row in rows]
+        ids = [render_row(tokenizer, row, generation=True).ids for row in rows]
         made = engine.generate(ids, n=1, max_new_tokens=config.max_new_tokens, temperature=0.0, seed=0, stop=[stop])
-        rewards = verifier(rows, [[one.text] for (one,) in made])
-        for row, (one,), (reward,) in zip(rows, made, rewards, strict=True):
+        if samples_each:
+            drawn = engine.generate(
+                ids, n=samples_each, max_new_tokens=config.max_new_tokens, temperature=1.0, seed=0, stop=[stop]
+            )
+            made = [[*first, *rest] for first, rest in zip(made, drawn, strict=True)]
+        rewards = verifier(rows, [[one.text for one in some] for some in made])
+        for row, (one, *_), (reward, *others) in zip(rows, made, rewards, strict=True):
             samples.append({
                 **row, "text": one.text, "completion": response(one.text), "reward": reward, "score": max(reward, 0.0),
                 "length": row.get("length"), "tokens": len(one.ids), "ended": stop in one.ids,
+                **({"reward_sampled": sum(others) / len(others)} if others else {}),
             })  # fmt: skip
         mean = sum(sample["score"] for sample in samples[-len(rows) :]) / len(rows)
         ctx.log(f"{domain}: {mean:.3f} on {len(rows)} prompts")
     return samples
 
 
-def _judge(samples: list[dict[str, Any]], reward: Artifact, ctx: Context) -> None:
+def judge(samples: list[dict[str, Any]], reward: Artifact, ctx: Context) -> None:
     """Add the reward model's score of each completion, the basis of win rates."""
-    judge = resolve("rewards", "reward_model").Reward(ctx, reward.path)
-    for sample, (score,) in zip(samples, judge(samples, [[sample["text"]] for sample in samples]), strict=True):
+    score_of = resolve("rewards", "reward_model").Reward(ctx, reward.path)
+    for sample, (score,) in zip(samples, score_of(samples, [[sample["text"]] for sample in samples]), strict=True):
         sample["reward_model"] = score
 
 
@@ -167,8 +183,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         "tokens": sum(row["tokens"] for row in rows) / n,
         "ended": sum(row["ended"] for row in rows) / n,
     }  # fmt: skip
-    if all("reward_model" in row for row in rows):
-        found["reward_model"] = sum(row["reward_model"] for row in rows) / n
+    for field in ("reward_model", "reward_sampled"):
+        if all(field in row for row in rows):
+            found[field] = sum(row[field] for row in rows) / n
     return found
 
 

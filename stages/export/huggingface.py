@@ -64,12 +64,11 @@ def _generation(out: Path) -> None:
     """generation_config.json: greedy, ending at the end of the assistant's turn."""
     from transformers import AutoTokenizer
 
-    from stages.chat.template import END_OF_TURN
     from stages.merge.checkpoint import read_json
 
     path, tokenizer = out / "generation_config.json", AutoTokenizer.from_pretrained(out)
     found = read_json(path) if path.exists() else {}
-    found |= {"do_sample": False, "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN)}
+    found |= {"do_sample": False, "eos_token_id": tokenizer.eos_token_id}
     for name in ("bos", "pad"):
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
             found[f"{name}_token_id"] = token

@@ -62,21 +62,19 @@ class Reward:
     def __init__(self, ctx: Context, model: Path | None):
         from transformers import AutoTokenizer
 
-        from stages.chat.template import END_OF_TURN
-
         if model is None:
             raise CuveeError("rewards: reward_model needs the input `reward`, a trained reward model; none was given")
         self.scorer = Scorer(model, ctx)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.end = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.end = self.tokenizer.eos_token_id
 
     def __call__(self, prompts: list[dict[str, Any]], completions: list[list[str]]) -> list[list[float]]:
         """Scores in the shape of `completions`; unbounded, comparable within one prompt."""
-        from stages.chat.render import render
+        from stages.chat.render import render_row
 
         sequences = []
         for prompt, texts in zip(prompts, completions, strict=True):
-            ids = render(self.tokenizer, prompt["messages"], generation=True).ids
+            ids = render_row(self.tokenizer, prompt, generation=True).ids
             sequences += [ids + self.tokenizer.encode(text, add_special_tokens=False) + [self.end] for text in texts]
         scores = iter(self.scorer(sequences))
         return [[next(scores) for _ in texts] for texts in completions]

@@ -1,16 +1,18 @@
 """Completions with rewards, for the stage rollout.sample and for online RL: one set of fields, one way to make them."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.stage import Artifact, ConfigError, Context, CuveeError, names, option, resolve, unknown
+from stages.stage import Artifact, ConfigError, Context, CuveeError, names, option, placement, resolve, unknown
 
 
 @dataclass
 class SampleConfig:
     engine: str = option("transformers", "what generates", "rollout/engines")
+    engine_options: dict[str, Any] = placement({}, "where the engine is and how fast; see stages/rollout/engines/<engine>.py")
     mix: dict[str, float] = option({}, "share of each domain's prompts; empty takes all domains equally")
     completions: int = option(4, "completions sampled of each prompt (k)")
     max_new_tokens: int = option(1024, "longest completion in tokens")
@@ -100,9 +102,9 @@ def schedule(sizes: dict[str, int], mix: dict[str, float], count: int, seed: int
 
 def render_prompt(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
     """Token ids of a prompt (a row with `messages`) up to where the assistant's answer begins."""
-    from stages.chat.render import render
+    from stages.chat.render import render_row
 
-    return render(tokenizer, prompt["messages"], generation=True).ids
+    return render_row(tokenizer, prompt, generation=True).ids
 
 
 def answer_ids(tokenizer: Any, messages: list[dict], answer: str) -> list[int]:
@@ -124,29 +126,31 @@ class Sampler:
     """Samples completions of prompts and rewards them. `engine` may be synced to new weights between calls."""
 
     def __init__(self, config: SampleConfig, engine: Any, ctx: Context, reward_model: Path | None):
-        from stages.chat.template import END_OF_TURN
-
         self.config, self.engine, self.tokenizer = config, engine, engine.tokenizer
-        self.stop = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.stop = self.tokenizer.eos_token_id
+        self.seconds = {"generating": 0.0, "rewarding": 0.0}
         self.rewards = {
             name: resolve("rewards", name).Reward(ctx, reward_model if name == "reward_model" else None)
             for name in config.reward_weights()
         }
 
-    def __call__(self, prompts: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    def __call__(
+        self, prompts: list[dict[str, Any]], seed: int, share: tuple[int, int] | None = None
+    ) -> list[dict[str, Any]]:
         """One row a prompt, as in the artifact PAIRS: the prompt's own fields, `completions` (texts, special tokens
         shown, without the end of turn), `tokens` (their ids, with it), `logprobs` (nats of each token under the policy
         that sampled it; null for an answer, and for all where temperature is not 1, as the engine gives none of those),
         `rewards` (weighted sums) and `parts` (reward name -> values). The reference answer, if asked for, is the last
-        completion."""
-        config = self.config
+        completion. share: as in an engine's `generate`."""
+        config, began = self.config, time.monotonic()
         ids = [render_prompt(self.tokenizer, p) for p in prompts]
         made: list[list] = [[] for _ in prompts]
         if config.completions:
             made = self.engine.generate(
                 ids, n=config.completions, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                seed=seed, stop=[self.stop],
+                seed=seed, stop=[self.stop], share=share,
             )  # fmt: skip
+        generated = time.monotonic()
         texts = [[c.text for c in row] for row in made]
         tokens = [[c.ids for c in row] for row in made]
         nats = lambda c: [round(v, 6) for v in c.logprobs] if config.temperature == 1 else None  # noqa: E731
@@ -167,6 +171,8 @@ class Sampler:
             total = [sum(weights[name] * own[name][j] for name in own) for j in range(len(texts[i]))]
             rows.append({**prompt, "completions": texts[i], "tokens": tokens[i], "logprobs": logprobs[i],
                          "rewards": total, "parts": own})  # fmt: skip
+        self.seconds["generating"] += generated - began
+        self.seconds["rewarding"] += time.monotonic() - generated
         return rows
 
 
