@@ -1,10 +1,13 @@
 """Cohere's Command A: raw text -> base -> instruct -> six SFT experts -> soup -> six RL experts -> soup -> polish.
 
 Each line is a stage with an artifact of its own: step(name, stage, configuration, inputs). Facts and figures:
-"Command A: An Enterprise-Ready Large Language Model" (arXiv 2504.00698), sections 2 and 3.
+"Command A: An Enterprise-Ready Large Language Model" (arXiv 2504.00698), sections 2 and 3. What an expert does
+differently from the others stands in conf/expert/<name>.yaml.
 """
 
 from __future__ import annotations
+
+from omegaconf import OmegaConf
 
 
 def recipe(step, conf) -> None:
@@ -21,33 +24,103 @@ def recipe(step, conf) -> None:
     base = step("base", "train.pretrain", conf.cooldown, tokens=tokens, init=pretrained)
 
     # Instruct, and the reward model that judges later stages
-    instruct = step("instruct", "train.sft", conf.instruct, init=base, prompts=prompts)
-    samples = step("reward-pairs", "rollout.sample", conf.reward.pairs, policy=instruct, prompts=prompts)
-    reward = step("reward", "train.reward", conf.reward.train, init=instruct, pairs=samples)
+    chats = own_conversations(step, conf, tokenizer, prompts)
+    instruct = step("instruct", "train.sft", conf.instruct, init=base, prompts=prompts, conversations=chats,
+                    tokens=tokens if conf.instruct.replay else None)
+    reward = reward_model(step, conf.reward, conf.recipe.reward_seeds, policy=instruct, prompts=prompts)
 
     # Six SFT experts from Instruct, and their soup
-    sft = {e: step(f"sft-{e}", "train.sft", conf.expert[e].sft, init=instruct, prompts=prompts) for e in experts}
+    sft = {e: sft_expert(step, e, conf.expert[e], {"instruct": instruct, "base": base}, prompts) for e in experts}
     sft_soup = step("sft-soup", "merge.soup", conf.soup.sft, models=sft, base=instruct)
 
     # Six RL experts from the soup, and their soup
-    rl = {e: step(f"rl-{e}", "train.rl", conf.expert[e].rl, init=sft_soup, prompts=prompts) for e in experts}
+    rl = {e: rl_expert(step, e, conf, sft, sft_soup, instruct, prompts) for e in experts}
     rl_soup = step("rl-soup", "merge.soup", conf.soup.rl, models=rl, base=sft_soup)
 
-    # Polish: SFT on the best of N, offline preference, online RL
-    best = step("best-of-n-samples", "rollout.sample", conf.polish.best_of_n.samples,
-                policy=rl_soup, prompts=prompts, reward=reward)
-    best_of_n = step("best-of-n", "train.sft", conf.polish.best_of_n.sft, init=rl_soup, pairs=best)
-    pairs = step("preference-pairs", "rollout.sample", conf.polish.preference.samples,
-                 policy=best_of_n, prompts=prompts, reward=reward)
-    preference = step("preference", "train.preference", conf.polish.preference.train, init=best_of_n, pairs=pairs)
-    polished = step("polished", "train.rl", conf.polish.online, init=preference, prompts=prompts, reward=reward)
+    # Polish, in rounds: SFT on the best of N, offline preference, online RL; what the judge prefers goes on
+    rounds = {"rl-soup": rl_soup}
+    for number in range(1, conf.recipe.polish_rounds + 1):
+        last = "polished" if number == conf.recipe.polish_rounds else f"polished-{number}"
+        rounds |= polish(step, conf.polish, number, last, list(rounds.values())[-1], prompts, reward)
 
     # Evaluate every model on every domain, export, report
     models = {"pretrained": pretrained, "base": base, "instruct": instruct,
               **{f"sft-{e}": m for e, m in sft.items()}, "sft-soup": sft_soup,
-              **{f"rl-{e}": m for e, m in rl.items()}, "rl-soup": rl_soup,
-              "best-of-n": best_of_n, "preference": preference, "polished": polished}
+              **{f"rl-{e}": m for e, m in rl.items()}, **rounds}
     scores = {name: step(f"scores-{name}", "evaluation.evaluate", conf.evaluate,
                          model=model, prompts=prompts, tokens=tokens, reward=reward) for name, model in models.items()}
-    export = step("export", "export.huggingface", conf.export, model=polished)
-    step("report", "report.report", conf.report, scores=scores, export=export, corpus=corpus)
+    export = step("export", "export.huggingface", conf.export, model=models["polished"])
+    step("report", "report.report", conf.report, scores=scores, export=export, corpus=corpus, reward=reward)
+
+
+def own_conversations(step, conf, tokenizer, prompts):
+    """What Instruct learns beside the generated tasks: your conversations, and those that teachers write to the prompts."""
+    found = {}
+    if conf.conversations.sources:
+        found["user"] = step("conversations", "data.conversations", conf.conversations, tokenizer=tokenizer)
+    return found
+
+
+def reward_model(step, conf, seeds, policy, prompts):
+    """Section 3.2.3: an ensemble labels many pairs for the first stage; the second learns from the best pairs, labelled
+    by the strength of the preference. The probe tells how far one may optimise against it."""
+    many = step("reward-pairs-many", "rollout.sample", conf.many, policy=policy, prompts=prompts)
+    best = step("reward-pairs", "rollout.sample", conf.best, policy=policy, prompts=prompts)
+    probe = step("reward-probe", "rollout.sample", conf.probe, policy=policy, prompts=prompts)
+    ensemble = {str(s): step(f"reward-judge-{s}", "train.reward", seeded(conf.judge, s), init=policy, pairs=best)
+                for s in seeds}
+    first = step("reward-first", "train.reward", conf.first, init=policy, pairs=many, ensemble=ensemble)
+    return step("reward", "train.reward", conf.second, start=first, pairs=best, ensemble=ensemble, probe=probe)
+
+
+def sft_expert(step, name, conf, starts, prompts):
+    """Section 3.3: SFT with each seed, and a second one on the best data where `refine_seeds` has any."""
+    first = f"sft-{name}" if not conf.refine_seeds else f"sft-{name}-first"
+    model = merged(step, first, conf.sft, conf.seeds, conf.merge, starts[conf.start], prompts)
+    return merged(step, f"sft-{name}", conf.refine, conf.refine_seeds, conf.merge, model, prompts) if conf.refine_seeds else model
+
+
+def rl_expert(step, name, conf, sft, soup, instruct, prompts):
+    """RL from the soup. Section 3.3.3's regularisers: `redo` trains the expert again, from a soup without it, and starts
+    there; `anchor` merges the result with what it started from; the third is conf.rl.sft_weight."""
+    own, start = conf.expert[name], soup
+    if own.redo:
+        others = {e: model for e, model in sft.items() if e != name}
+        start = step(f"sft-soup-without-{name}", "merge.soup", conf.soup.sft, models=others, base=instruct)
+        start = merged(step, f"sft-{name}-again", own.refine if own.refine_seeds else own.sft,
+                       own.refine_seeds or own.seeds, own.merge, start, prompts)
+    if not own.anchor.weights.get("start"):
+        return step(f"rl-{name}", "train.rl", own.rl, init=start, prompts=prompts)
+    alone = step(f"rl-{name}-alone", "train.rl", own.rl, init=start, prompts=prompts)
+    return step(f"rl-{name}", "merge.soup", own.anchor, models={"rl": alone, "start": start}, base=start)
+
+
+def polish(step, conf, number, name, start, prompts, reward):
+    """One round. Whichever of its models the judge prefers to the round's start goes on, and the start where none is
+    preferred: so every round is known before anything runs, and none can make the model worse by its judge."""
+    at = "" if number == 1 else f"-{number}"
+    drawn = step(f"best-of-n-samples{at}", "rollout.sample", seeded(conf.best_of_n.samples, number - 1),
+                 policy=start, prompts=prompts, reward=reward)
+    best_of_n = step(f"best-of-n{at}", "train.sft", conf.best_of_n.sft, init=start, pairs=drawn)
+    pairs = step(f"preference-pairs{at}", "rollout.sample", seeded(conf.preference.samples, number),
+                 policy=best_of_n, prompts=prompts, reward=reward)
+    preference = step(f"preference{at}", "train.preference", conf.preference.train, init=best_of_n, pairs=pairs)
+    online = step(f"online{at}", "train.rl", seeded(conf.online, number - 1), init=preference, prompts=prompts, reward=reward)
+    made = {f"best-of-n{at}": best_of_n, f"preference{at}": preference, f"online{at}": online}
+    chosen = step(name, "evaluation.choose", conf.choose, start=start, models=made, prompts=prompts, reward=reward)
+    return made | {name: chosen}
+
+
+def merged(step, name, conf, seeds, merge, init, prompts):
+    """SFT with every seed, merged; of a single seed the model itself."""
+    if len(seeds) == 1:
+        return step(name, "train.sft", seeded(conf, seeds[0]), init=init, prompts=prompts)
+    models = {str(s): step(f"{name}-seed-{s}", "train.sft", seeded(conf, s), init=init, prompts=prompts) for s in seeds}
+    return step(name, "merge.soup", merge, models=models, base=init)
+
+
+def seeded(conf, by):
+    """The section with `by` added to its seed, still known by its name."""
+    found = OmegaConf.merge(conf, {"seed": conf.seed + by})
+    found._set_parent(conf._get_parent())
+    return found

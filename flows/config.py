@@ -23,6 +23,23 @@ from stages.stage import ROOT, ConfigError, load, unknown
 CONF = ROOT.parent / "conf"
 
 
+def choices(group: str) -> tuple[str, ...]:
+    """The files of a Hydra group, e.g. `scale`."""
+    return tuple(sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml")))
+
+
+def default(group: str) -> str:
+    """The choice of a Hydra group that conf/config.yaml makes."""
+    entries = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    return next(entry[group] for entry in entries if isinstance(entry, dict) and group in entry)
+
+
+def split(overrides: list[str], groups: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The choices of `groups` among the overrides, and the other overrides."""
+    chosen = {key: value for key, eq, value in (o.partition("=") for o in overrides) if eq and key in groups}
+    return chosen, [o for o in overrides if o.partition("=")[0] not in groups]
+
+
 def stage_names() -> list[str]:
     """Every stage: a file stages/<area>/<name>.py that defines OUTPUT (read as text: importing some needs torch)."""
     return [f"{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("*/*.py"))
@@ -53,9 +70,12 @@ def compose(overrides: list[str]) -> DictConfig:
             raise ConfigError(f"recipe.experts: {unknown(expert, list(conf.expert))}")
     if not conf.recipe.experts:
         raise ConfigError("recipe.experts is empty; name at least one of " + ", ".join(conf.expert))
-    for expert in conf.recipe.experts:  # an expert that is left out has no prompts to mix in
-        for part in (conf.expert[expert].sft, conf.expert[expert].rl):
-            part.mix = {d: share for d, share in part.mix.items() if d in conf.recipe.experts or d not in conf.expert}
+    left_out = [expert for expert in conf.expert if expert not in conf.recipe.experts]
+    for expert in conf.recipe.experts:  # an expert that is left out has no prompts to mix in, and no model to weigh
+        for part in (conf.expert[expert].sft, conf.expert[expert].refine, conf.expert[expert].rl):
+            part.mix = {d: share for d, share in part.mix.items() if d not in left_out}
+    for part in (conf.soup.sft, conf.soup.rl):
+        part.weights = {e: weight for e, weight in part.weights.items() if e not in left_out}
     return conf
 
 

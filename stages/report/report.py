@@ -7,11 +7,12 @@ from typing import Any
 
 from stages.stage import ConfigError, Context, CuveeError, Input, Kind, option
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "scores": Input(Kind.SCORES, many=True),
     "export": Input(Kind.EXPORT, optional=True),
     "corpus": Input(Kind.CORPUS, optional=True),
+    "reward": Input(Kind.REWARD_MODEL, optional=True),
 }
 OUTPUT = Kind.REPORT
 
@@ -48,6 +49,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     extras = {
         "corpus": _json(inputs["corpus"].path / "table.json") if "corpus" in inputs else None,
         "parity": _json(inputs["export"].path / "parity.json") if "export" in inputs else None,
+        "judged": _json(inputs["reward"].path / "judged.json") if "reward" in inputs else None,
     }
     files = {
         "matrix.json": json.dumps(matrix(facts), indent=1) + "\n",

@@ -28,6 +28,7 @@ OUTPUT = Kind.PAIRS
 @dataclass
 class Config(SampleConfig):
     prompts: int = option(10000, "prompts sampled, drawn by `mix`; a prompt comes again only after all of its domain")
+    split: str = option("train", "prompts to train on, or those kept from training", ("train", "heldout"))
     sequence_length: int = option(8192, "longest prompt with its completion, in tokens; longer prompts are left out")
     seed: int = option(0, "seed of the choice of prompts and of the samples")
 
@@ -50,9 +51,11 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     """
     import time
 
-    engine = resolve("rollout/engines", config.engine).Engine(inputs["policy"].path, ctx)
+    engine = resolve("rollout/engines", config.engine).Engine(
+        inputs["policy"].path, ctx, options=config.engine_options
+    )
     sampler = Sampler(config, engine, ctx, inputs["reward"].path if "reward" in inputs else None)
-    prompts = load_prompts(inputs["prompts"], config.mix)
+    prompts = load_prompts(inputs["prompts"], config.mix, config.split)
     drawn = schedule({d: len(rows) for d, rows in prompts.items()}, config.mix, config.prompts, config.seed)
     chosen = [prompts[domain][i] for domain, i in drawn]
     longest = config.sequence_length - config.max_new_tokens

@@ -2,18 +2,31 @@
 
 A second look at a completion memorises it: so the pairs of a prompt, which share completions, lie in one optimizer
 step (Ouyang et al., arXiv 2203.02155, section 3.5), and an epoch passes over each prompt once.
+
+Two stages as in Command A (arXiv 2504.00698, section 3.2.3) are two of these: the first with the input `ensemble`, which
+labels many pairs; the second from the first (input `start`) on the best pairs, labelled by the strength of preference.
+A ranker is one with `elo`: several raters compare, and the margin follows the gap in Elo.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.rollout._collect import read_jsonl
-from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.trainer.config import TrainConfig
 
-VERSION = "2"
-INPUTS = {"init": Input(Kind.CHECKPOINT), "pairs": Input(Kind.PAIRS)}
+if TYPE_CHECKING:
+    from stages.trainer.batch import Group
+
+VERSION = "3"
+INPUTS = {
+    "init": Input(Kind.CHECKPOINT, optional=True),
+    "start": Input(Kind.REWARD_MODEL, optional=True),
+    "pairs": Input(Kind.PAIRS),
+    "ensemble": Input(Kind.REWARD_MODEL, many=True, optional=True),
+    "probe": Input(Kind.PAIRS, optional=True),
+}
 OUTPUT = Kind.REWARD_MODEL
 DISTRIBUTED = True
 
@@ -26,6 +39,14 @@ class Config(TrainConfig):
     pairs_per_prompt: int = option(1, "pairs made of each prompt's completions, those furthest apart in reward first")
     min_gap: float = option(0.0, "least difference between the rewards of a pair")
     soft_label: float = option(0.0, "label a pair sigmoid(soft_label * reward gap) instead of 1; 0 = hard labels")
+    strengths: list[Any] = option(
+        [], "[[reward gap, label], ...], gaps falling: a pair of at least that gap has that label; empty = soft_label"
+    )
+    ties: int = option(0, "pairs of equal reward made of each prompt's completions, labelled 0.5")
+    agree: bool = option(False, "with input `ensemble`: leave out pairs that it orders otherwise than the rewards do")
+    elo: bool = option(
+        False, "take for rewards the Elo of a prompt's completions, each reward in the samples being a rater of them"
+    )
     margin: float = option(0.0, "ask for a score gap of margin * reward gap")
     centring: float = option(0.01, "weight of (r_w + r_l)^2, which keeps the scores' mean near 0")
     heldout: float = option(0.1, "share of the prompts kept for the accuracy on pairs not trained on")
@@ -39,53 +60,158 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         )
     if not 0 < config.heldout < 1:
         raise ConfigError(f"heldout: {config.heldout} is no share; give more than 0 and less than 1")
+    if ("init" in inputs) == ("start" in inputs):
+        raise ConfigError("give one of the inputs `init` (a language model) and `start` (a reward model), not both")
+    for one in config.strengths:
+        if not isinstance(one, list) or len(one) != 2 or not 0 <= one[1] <= 1:
+            raise ConfigError(f"strengths: {one!r} is not [reward gap, label from 0 to 1], e.g. [1.0, 0.999]")
+    if config.agree and not (config.strengths and "ensemble" in inputs):
+        raise ConfigError("agree: compares rewards with an ensemble; give the input `ensemble`, and strengths to label by")
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
     tokens = config.steps * config.batch_groups * config.pairs_per_prompt * 2 * config.sequence_length
-    return Estimate(parameters=inputs["init"].parameters, train_tokens=tokens)
+    return Estimate(parameters=(inputs.get("init") or inputs["start"]).parameters, train_tokens=tokens)
 
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
-    """Train, write the REWARD_MODEL folder and judge the held-out pairs with it: `heldout_accuracy`, `heldout_gap`.
+    """Train, write the REWARD_MODEL folder and `judged.json`: quality on the held-out prompts' pairs, see
+    stages/train/_judge.py, with input `probe` also what optimising against the model brings.
 
     Raises CuveeError when there are no pairs to train on or to hold out.
     """
-    from transformers import AutoTokenizer
-
     from stages.objectives import bradley_terry
-    from stages.train._groups import Grouper, Groups
+    from stages.train._groups import Groups
     from stages.trainer.loop import train
 
-    init: Path = inputs["init"].path
+    init: Path = (inputs.get("init") or inputs["start"]).path
     rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
-    kept, held_out = split(rows, config.heldout, config.seed)
-    grouper = Grouper(
-        AutoTokenizer.from_pretrained(init), "pair", config.sequence_length, min_gap=config.min_gap,
-        soft_label=config.soft_label, margin=config.margin, per_prompt=config.pairs_per_prompt,
-    )  # fmt: skip
-    prompts = [groups for groups in map(grouper, kept) if groups]
-    judged = [(row["domain"], group) for row in held_out for group in grouper(row)]
+    if config.elo:
+        rows = list(map(_by_elo, rows))
+    kept, held_out = split(rows, config.heldout)
+    make = Pairs(config, init)
+    prompts = [groups for groups in map(make, kept) if groups]
+    judged = [(row["domain"], group) for row in held_out for group in make(row) if _gap(group) > 0]
+    if "ensemble" in inputs:
+        prompts = relabelled(prompts, _opinion(inputs["ensemble"], prompts, ctx), config)
     pairs = sum(map(len, prompts))
     if not prompts or not judged:
         raise CuveeError(
             f"{len(rows)} prompts give {pairs} pairs to train on and {len(judged)} to hold out within "
             f"sequence_length {config.sequence_length} and min_gap {config.min_gap}; sample more prompts or completions"
         )
-    steps = min(config.steps, -(-len(prompts) // config.batch_groups))
-    ctx.log(f"{pairs} pairs of {len(prompts)} prompts to train on in {steps} steps, {len(judged)} held out")
-    config = replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps - 1))
-    config = replace(config, precision_phases=_first(config.precision_phases, steps), profile_steps=[
-        min(step, steps) for step in config.profile_steps
-    ])  # fmt: skip
-    config = replace(config, decay_steps=min(config.decay_steps, steps - config.warmup_steps))
+    config = _one_epoch(config, len(prompts))
+    ctx.log(f"{pairs} pairs of {len(prompts)} prompts to train on in {config.steps} steps, {len(judged)} held out")
     options = bradley_terry.Config(centring=config.centring)
     metrics = train(
         config=config, stream=Groups(prompts, config.batch_groups, config.seed),
         objective=lambda batch: bradley_terry.loss(batch, options), out=out, ctx=ctx, init=init, tokenizer=init,
         head="reward",
     )  # fmt: skip
-    return metrics | {"pairs": pairs, "heldout_pairs": len(judged), **judge(judged, out, ctx)}
+    return metrics | {"pairs": pairs, **judge(judged, inputs.get("probe"), out, ctx)}
+
+
+def _one_epoch(config: Config, prompts: int) -> Config:
+    """The configuration with `steps`, and all that is counted in steps, cut to one epoch over the prompts."""
+    steps = min(config.steps, -(-prompts // config.batch_groups))
+    warmup = min(config.warmup_steps, steps - 1)
+    return replace(
+        config, steps=steps, warmup_steps=warmup, precision_phases=_first(config.precision_phases, steps),
+        profile_steps=[min(step, steps) for step in config.profile_steps],
+        decay_steps=min(config.decay_steps, steps - warmup),
+    )  # fmt: skip
+
+
+def _by_elo(row: dict[str, Any]) -> dict[str, Any]:
+    from stages.train._judge import elo
+
+    return row | {"rewards": elo(list(row["parts"].values()))} if row["rewards"] else row
+
+
+class Pairs:
+    """The pairs of a row of samples, in the order of their gaps, then its ties; each labelled by the strength of the
+    preference. Tokens are those of `init`'s tokenizer."""
+
+    def __init__(self, config: Config, init: Path):
+        from transformers import AutoTokenizer
+
+        from stages.train._groups import Grouper
+
+        self.config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(init)
+        self.grouper = Grouper(
+            self.tokenizer, "pair", config.sequence_length, min_gap=config.min_gap, soft_label=config.soft_label,
+            margin=config.margin, per_prompt=config.pairs_per_prompt,
+        )  # fmt: skip
+
+    def __call__(self, row: dict[str, Any]) -> list["Group"]:
+        groups = self.grouper(row)
+        for group in groups if self.config.strengths else ():
+            group[0].fields["label"] = strength(self.config.strengths, _gap(group))
+        return [*groups, *self._ties(row)]
+
+    def _ties(self, row: dict[str, Any]) -> list["Group"]:
+        """Pairs of different completions that are rewarded alike: the first ones of the row."""
+        from itertools import combinations
+
+        rewards, texts = row["rewards"], row["completions"]
+        alike = [(i, j) for i, j in combinations(range(len(rewards)), 2)
+                 if rewards[i] == rewards[j] and texts[i] != texts[j]]  # fmt: skip
+        found = []
+        for i, j in alike[: self.config.ties]:
+            pick = {key: [row[key][i], row[key][j]] for key in ("completions", "tokens") if row.get(key)}
+            for group in self.as_pair(row | pick | {"rewards": [1.0, 0.0]}):
+                for sequence in group:
+                    sequence.fields.update(label=0.5, margin=0.0, reward=rewards[i])
+                found.append(group)
+        return found
+
+    def as_pair(self, row: dict[str, Any]) -> list["Group"]:
+        """The first completion of the row as preferred to the second; none where either is too long."""
+        from stages.train._groups import Grouper
+
+        return Grouper(self.tokenizer, "pair", self.config.sequence_length)(row)
+
+
+def strength(strengths: list[list[float]], gap: float) -> float:
+    """The label of the first entry whose gap is reached; 0.5, a tie, below all of them."""
+    return next((label for least, label in strengths if gap >= least), 0.5)
+
+
+def _gap(group: "Group") -> float:
+    return group[0].fields["reward"] - group[1].fields["reward"]
+
+
+def _opinion(ensemble: dict[str, Artifact], prompts: list[list["Group"]], ctx: Context) -> list[list[float]]:
+    """Of each pair the ensemble's probability that its first completion is the better: the mean of its members'."""
+    import math
+
+    from stages.rewards.reward_model import Scorer
+
+    pairs = [group for groups in prompts for group in groups]
+    unique = {s.tokens.tobytes(): s.tokens.tolist() for pair in pairs for s in pair}
+    total = [0.0] * len(pairs)
+    for member in ensemble.values():
+        score = dict(zip(unique, Scorer(member.path, ctx)(list(unique.values())), strict=True))
+        for i, (first, second) in enumerate(pairs):
+            margin = score[first.tokens.tobytes()] - score[second.tokens.tobytes()]
+            total[i] += 0.5 * (1 + math.tanh(margin / 2)) / len(ensemble)  # the sigmoid, without overflow
+    rest = iter(total)
+    return [[next(rest) for _ in groups] for groups in prompts]
+
+
+def relabelled(prompts: list[list["Group"]], opinion: list[list[float]], config: Config) -> list[list["Group"]]:
+    """The pairs with the ensemble's labels; with `strengths` with their own, and with `agree` without those on which the
+    ensemble is of the other opinion. Prompts without a pair are left out."""
+    found = []
+    for groups, labels in zip(prompts, opinion, strict=True):
+        if not config.strengths:
+            for group, label in zip(groups, labels, strict=True):
+                group[0].fields["label"] = label
+        elif config.agree:
+            groups = [g for g, label in zip(groups, labels, strict=True) if label > 0.5 or _gap(g) == 0]
+        found += [groups] if groups else []
+    return found
 
 
 def _first(phases: list[list[Any]], steps: int) -> list[list[Any]]:
@@ -98,30 +224,39 @@ def _first(phases: list[list[Any]], steps: int) -> list[list[Any]]:
     return found
 
 
-def split(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(to train on, held out) by prompt: all rows of one prompt lie on the same side."""
-    import numpy as np
+def split(rows: list[dict], share: float) -> tuple[list[dict], list[dict]]:
+    """(to train on, held out) by the hash of the prompt's domain and id: every reward model holds out the same ones, so
+    that what an ensemble has learned never comes from another's held-out prompts."""
+    from hashlib import sha256
 
-    prompts = sorted({(row["domain"], row["id"]) for row in rows})
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    chosen = {prompts[i] for i in order[: max(1, round(share * len(prompts)))]}
+    prompts = sorted({(row["domain"], row["id"]) for row in rows}, key=lambda p: sha256("/".join(p).encode()).digest())
+    chosen = {p for p in prompts if int.from_bytes(sha256("/".join(p).encode()).digest()[:6], "big") < share * 2**48}
+    chosen = chosen or set(prompts[:1])
     sides: tuple[list[dict], list[dict]] = ([], [])
     for row in rows:
         sides[(row["domain"], row["id"]) in chosen].append(row)
     return sides
 
 
-def judge(pairs: list, model: Path, ctx: Context) -> dict[str, float]:
-    """Of (domain, pair) that were not trained on: accuracy (share in which the preferred completion scores higher), over
-    all and by domain, and the mean score gap."""
-    import numpy as np
+def judge(pairs: list, probe: Artifact | None, model: Path, ctx: Context) -> dict[str, float]:
+    """Judge (domain, pair)s that were not trained on, and the probe's completions; writes `judged.json` to the model's
+    folder and returns its main figures as metrics."""
+    import json
 
-    from stages.rewards.reward_model import Scorer
+    from stages.rewards.reward_model import Reward, Scorer
+    from stages.train._judge import optimised, quality
 
     scores = Scorer(model, ctx)([s.tokens.tolist() for _, pair in pairs for s in pair])
-    gaps = np.array(scores[0::2]) - np.array(scores[1::2])
-    found = {"heldout_accuracy": float((gaps > 0).mean()), "heldout_gap": float(gaps.mean())}
-    domains = np.array([domain for domain, _ in pairs])
-    return found | {
-        f"heldout_accuracy/{d}": float((gaps[domains == d] > 0).mean()) for d in sorted(set(domains.tolist()))
-    }
+    margins = [w - low for w, low in zip(scores[0::2], scores[1::2], strict=True)]
+    found = quality([domain for domain, _ in pairs], margins)
+    if probe:
+        rows = read_jsonl(probe.path / "samples.jsonl")
+        proxy = Reward(ctx, model)(rows, [row["completions"] for row in rows])
+        found["optimised"] = optimised(proxy, [row["rewards"] for row in rows])
+        for one in found["optimised"]:
+            ctx.log(f"best of {one['n']}: KL {one['kl']:.2f} nats, proxy {one['proxy']:+.2f}, gold {one['gold']:.3f}")
+    (model / "judged.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    metrics = {"heldout_pairs": found["pairs"], "heldout_accuracy": found["accuracy"], "heldout_gap": found["margin"],
+               "heldout_ece": found["ece"]}  # fmt: skip
+    metrics |= {f"heldout_accuracy/{d}": share for d, share in found["domains"].items()}
+    return metrics | {f"best_of_{one['n']}/gold": one["gold"] for one in found.get("optimised", [])}

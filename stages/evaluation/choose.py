@@ -1,0 +1,103 @@
+"""Of models made from one start, publish the one that a reward model prefers to it most; the start where none is preferred.
+
+The gate at the end of a round of polishing. Judged on held-out prompts that the report's scores don't use (`skip`), so
+that the choice does not flatter them. A model on which a domain falls by more than `most_fall` is not chosen.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.stage import Artifact, ConfigError, Context, Estimate, Input, Kind, option
+
+VERSION = "1"
+INPUTS = {
+    "start": Input(Kind.CHECKPOINT),
+    "models": Input(Kind.CHECKPOINT, many=True),
+    "prompts": Input(Kind.PROMPTS, many=True),
+    "reward": Input(Kind.REWARD_MODEL),
+}
+OUTPUT = Kind.CHECKPOINT
+
+
+@dataclass
+class Config:
+    engine: str = option("transformers", "what generates", "rollout/engines")
+    prompts_per_domain: int = option(200, "held-out prompts a domain; 0 takes all after `skip`")
+    skip: int = option(500, "held-out prompts a domain passed over: those that evaluation reports")
+    max_new_tokens: int = option(1024, "longest completion in tokens; generation is greedy")
+    least_win: float = option(0.5, "a model whose win rate against the start is not above this is not chosen")
+    most_fall: float = option(0.02, "largest fall of a domain's mean score, in [0, 1]")
+
+
+def check(config: Config, inputs: dict[str, Any]) -> None:
+    if not 0.5 <= config.least_win < 1 or config.most_fall < 0:
+        raise ConfigError(
+            f"least_win is {config.least_win}, most_fall {config.most_fall}; give 0.5 to 1 and 0 or more"
+        )
+    if config.skip < 0 or config.prompts_per_domain < 0 or config.max_new_tokens < 1:
+        raise ConfigError(
+            f"skip is {config.skip}, prompts_per_domain {config.prompts_per_domain}, max_new_tokens "
+            f"{config.max_new_tokens}; give at least 0, 0 and 1"
+        )
+    for domain, prompts in inputs.get("prompts", {}).items():
+        left = getattr(prompts, "heldout", config.skip + 1)  # a plan's input is the configuration of data.prompts
+        if left <= config.skip and not prompts.heldout_files:
+            raise ConfigError(
+                f"skip: {config.skip} leaves none of the {left} held-out prompts of {domain}; raise its `heldout`"
+            )
+
+
+def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
+    models = 1 + len(inputs["models"])
+    generated = models * len(inputs["prompts"]) * (config.prompts_per_domain or 500) * config.max_new_tokens
+    return Estimate(parameters=inputs["start"].parameters, generated_tokens=generated)
+
+
+def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
+    """Copy the chosen CHECKPOINT folder to `out`, beside it `choice.json` with what all candidates reached.
+
+    Returns `chosen` (1 where a model was preferred to the start, else 0) and each candidate's `win/` rate.
+    """
+    from stages.evaluation.evaluate import answer, held_out, judge
+
+    prompts = held_out(inputs["prompts"], config.prompts_per_domain, config.skip)
+    samples = {}
+    for name, model in {"start": inputs["start"], **dict(sorted(inputs["models"].items()))}.items():
+        ctx.log(f"{name}:")
+        samples[name] = answer(config, model, prompts, ctx)
+        judge(samples[name], inputs["reward"], ctx)
+    found = {name: compare(rows, samples["start"]) for name, rows in samples.items() if name != "start"}
+    chosen = choose(found, config.least_win, config.most_fall)
+    source: Artifact = inputs["models"].get(chosen, inputs["start"])
+    for path in sorted(source.path.iterdir()):
+        if path.is_file() and path.name not in ("record.json", "choice.json", "rollouts.jsonl"):
+            shutil.copyfile(path, out / path.name)
+    choice = {"chosen": chosen, "prompts": len(prompts), "candidates": found}
+    (out / "choice.json").write_text(json.dumps(choice, indent=1, sort_keys=True) + "\n")
+    for name, one in found.items():
+        ctx.log(f"{name}: wins {one['win'][0]:.1%} ({one['win'][1]:.1%} to {one['win'][2]:.1%}), largest fall "
+                f"{one['fall']:.3f} ({one['fallen']})")  # fmt: skip
+    ctx.log(f"chosen: {chosen}")
+    return {"chosen": float(chosen != "start"), **{f"win/{name}": one["win"][0] for name, one in found.items()}}
+
+
+def compare(rows: list[dict[str, Any]], start: list[dict[str, Any]]) -> dict[str, Any]:
+    """`win`: rate against the start by the reward model, with its interval. `fall`: the largest fall of a domain's mean
+    score (negative where all rise), `fallen` that domain. Both lists answer the same prompts in the same order."""
+    from stages.evaluation.evaluate import by
+    from stages.evaluation.stats import win_rate
+
+    mean = lambda some: sum(row["score"] for row in some) / len(some)  # noqa: E731
+    before, after = ({d: mean(some) for d, some in by(one, "domain").items()} for one in (start, rows))
+    fallen = max(before, key=lambda domain: before[domain] - after[domain])
+    rewards = [[row["reward_model"] for row in one] for one in (rows, start)]
+    return {"win": list(win_rate(*rewards)), "fall": before[fallen] - after[fallen], "fallen": fallen}
+
+
+def choose(found: dict[str, dict[str, Any]], least_win: float, most_fall: float) -> str:
+    """The candidate of the highest win rate among those within the limits, the first by name of equals; else "start"."""
+    good = [name for name, one in sorted(found.items()) if one["win"][0] > least_win and one["fall"] <= most_fall]
+    return max(good, key=lambda name: found[name]["win"][0], default="start")
