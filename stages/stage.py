@@ -41,6 +41,7 @@ class Kind(StrEnum):
     TOKENIZER = "tokenizer"
     TOKENS = "tokens"
     PROMPTS = "prompts"
+    CONVERSATIONS = "conversations"
     PAIRS = "pairs"
     CHECKPOINT = "checkpoint"
     REWARD_MODEL = "reward_model"
@@ -191,11 +192,13 @@ class Context:
 
     scratch: a folder that survives a crash of this stage (checkpoints to resume from); gone once published.
     threads: CPU threads this stage may use. `device`: "cpu" or "cuda".
+    mirror: where committed checkpoints are also kept (stages/store/mirror.py), if anywhere.
     """
 
     scratch: Path
     threads: int = 1
     device: str = "cpu"
+    mirror: Any = None
 
     def log(self, message: str) -> None:
         print(message, flush=True)

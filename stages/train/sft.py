@@ -1,12 +1,14 @@
-"""Supervised fine-tuning: on reference answers, or on the best of N sampled completions, with the prompt masked.
+"""Supervised fine-tuning: on reference answers and conversations, or on the best of N sampled completions. Only what the
+assistant says is learned; conversations are packed, and see nothing of one another.
 
 With an input `teacher` its distribution is learned beside the answers: see stages/objectives/distill.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stages.chat.render import TURNS
 from stages.rollout._collect import check_mix, load_prompts, read_jsonl, schedule
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.trainer.config import TrainConfig
@@ -15,6 +17,7 @@ VERSION = "1"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True, optional=True),
+    "conversations": Input(Kind.CONVERSATIONS, many=True, optional=True),
     "pairs": Input(Kind.PAIRS, optional=True),
     "tokens": Input(Kind.TOKENS, optional=True),
     "teacher": Input(Kind.CHECKPOINT, optional=True),
@@ -27,7 +30,11 @@ DISTRIBUTED = True
 class Config(TrainConfig):
     lr: float = option(1e-5, "peak learning rate")
     batch_groups: int = option(64, "conversations an optimizer step")
-    mix: dict[str, float] = option({}, "share of each domain's conversations; empty takes all domains equally")
+    by_size: bool = option(
+        False, "batch_groups and a multiplier of lr from the number of conversations: `advice` in stages/data/conversations.py"
+    )
+    mix: dict[str, float] = option({}, "share of each domain's or input's conversations; empty takes all equally")
+    turns: str = option("all", "assistant turns of a conversation that are learned", TURNS)
     min_reward: float = option(0.0, "with input `pairs`: prompts whose best completion is rewarded less are left out")
     replay: float = option(0.0, "pretraining documents (input `tokens`) for each conversation, 0 to 1")
     teacher_weight: float = option(0.9, "with input `teacher`: its weight in the loss, the answers have the rest")
@@ -36,9 +43,12 @@ class Config(TrainConfig):
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     config.check()
-    check_mix(config.mix, inputs)
-    if ("prompts" in inputs) == ("pairs" in inputs):
-        raise ConfigError("give one of the inputs `prompts` (reference answers) and `pairs` (best of N), not both")
+    sources = _sources(inputs)
+    check_mix(config.mix, {"prompts": sources})
+    if len(sources) != sum(len(inputs.get(name, {})) for name in ("prompts", "conversations")):
+        raise ConfigError(f"inputs `prompts` and `conversations` have a name in common of {sorted(sources)}; rename one")
+    if bool(sources) == ("pairs" in inputs):
+        raise ConfigError("give the inputs `prompts` (reference answers) or `conversations`, or `pairs` (best of N) alone")
     if config.replay and "tokens" not in inputs:
         raise ConfigError(f"replay: {config.replay} asks for pretraining documents; give the input `tokens`")
     if config.batch_groups < 1 or not 0 <= config.replay <= 1:
@@ -65,6 +75,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     init: Path = inputs["init"].path
     tokenizer = AutoTokenizer.from_pretrained(init)
     make = BestOfN if "pairs" in inputs else Conversations
+    if config.by_size:
+        config = _sized(config, inputs, ctx)
     stream, module, options = make(config, inputs, tokenizer, ctx), ce, ce.Config()
     if "teacher" in inputs:
         from stages.train._teacher import Teacher
@@ -77,12 +89,31 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     )  # fmt: skip
 
 
+def _sources(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs `prompts` and `conversations` by name."""
+    return {**inputs.get("prompts", {}), **inputs.get("conversations", {})}
+
+
+def _sized(config: Config, inputs: dict[str, Any], ctx: Context) -> Config:
+    from stages.data.conversations import advice
+
+    files = [inputs["pairs"].path / "samples.jsonl"] if "pairs" in inputs else [
+        one.path / "train.jsonl" for name, one in _sources(inputs).items() if not config.mix or config.mix.get(name)
+    ]  # fmt: skip
+    rows = sum(len(read_jsonl(path)) for path in files)
+    found = advice(rows)
+    factor = found["lr_multiplier"]
+    ctx.log(f"{rows} conversations: batch_groups {found['batch_groups']}, lr {config.lr:g} x {factor:g}")
+    return replace(config, batch_groups=found["batch_groups"], lr=config.lr * factor, min_lr=config.min_lr * factor)
+
+
 class Conversations:
-    """A Stream over prompts with their reference answers, drawn by `mix`; conversations that are too long are left out."""
+    """A Stream over prompts with their reference answers and over conversations, drawn by `mix`; those that are too long
+    are left out."""
 
     def __init__(self, config: Config, inputs: dict[str, Any], tokenizer: Any, ctx: Context):
         self.config, self.tokenizer, self.ctx = config, tokenizer, ctx
-        self.prompts, self.dropped = load_prompts(inputs["prompts"], config.mix), 0
+        self.prompts, self.dropped = load_prompts(_sources(inputs), config.mix), 0
         sizes = {domain: len(rows) for domain, rows in self.prompts.items()}
         self.drawn = schedule(sizes, config.mix, config.steps * config.batch_groups, config.seed)
         self.replay = Replay(config, inputs["tokens"]) if config.replay else None
@@ -100,11 +131,10 @@ class Conversations:
     def _sequence(self, prompt: dict[str, Any]):
         import numpy as np
 
-        from stages.chat.render import render
+        from stages.chat.render import render_row
         from stages.trainer.batch import Sequence
 
-        answer = {"role": "assistant", "content": prompt["answer"]}
-        rendered = render(self.tokenizer, [*prompt["messages"], answer])
+        rendered = render_row(self.tokenizer, prompt, prompt.get("answer"), turns=self.config.turns)
         if len(rendered.ids) > self.config.sequence_length:
             if not self.dropped:
                 self.ctx.log(

@@ -26,6 +26,7 @@ class TrainConfig:
     schedule: str = option("cosine", "shape of the learning rate after warmup", SCHEDULES)
     decay_steps: int = option(0, "last steps that decay linearly to min_lr (schedule wsd only)")
     weight_decay: float = option(0.1, "decoupled weight decay; norms are excluded")
+    anchor: float = option(0.0, "pull back to the first weights, decoupled as weight decay is (L2-SP); norms included")
     beta1: float = option(0.9, "AdamW's first moment decay")
     beta2: float = option(0.95, "AdamW's second moment decay")
     epsilon: float = option(1e-8, "AdamW's epsilon")
@@ -104,7 +105,7 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{at}{name}: {getattr(self, name)} is not a positive number; give at least 1")
-        counts = ("lr", "weight_decay", "clip_grad", "min_lr", "warmup_steps", "save_every", "max_skipped",
+        counts = ("lr", "weight_decay", "anchor", "clip_grad", "min_lr", "warmup_steps", "save_every", "max_skipped",
                   "keep_every")  # fmt: skip
         for name in counts:
             if not getattr(self, name) >= 0:

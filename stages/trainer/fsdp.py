@@ -26,6 +26,7 @@ from stages.model import weights
 from stages.model.config import ModelConfig
 from stages.model.model import Model
 from stages.model.mup import lr_multiplier
+from stages.trainer.anchor import Anchor
 from stages.trainer.config import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -98,6 +99,7 @@ class ShardedAdam:
             [{"params": p, "weight_decay": decay, "lr_mult": factor} for (factor, decay), p in groups.items()],
             betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True,
         )  # fmt: skip
+        self._anchor = Anchor(config.anchor, self._adam.param_groups)
         for parameter in self._parameters.values():
             self._adam.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
             self._adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -120,6 +122,7 @@ class ShardedAdam:
             group["lr"] = lr * group["lr_mult"]
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(list(self._parameters.values()), self.clip_grad, norm)
+        self._anchor.pull(self._adam.param_groups)
         self._adam.step()
 
     @staticmethod

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stages.model.config import ModelConfig
 from stages.model.mup import lr_multiplier
+from stages.trainer.anchor import Anchor
 from stages.trainer.config import TrainConfig
 
 SHARED = ("param", "exp_avg", "exp_avg_sq")  # what the distributed optimizer shares among data-parallel ranks
@@ -58,6 +59,7 @@ class Optimizer:
             if self._torch:
                 group["fused"] = True
         self._set_main(exact)
+        self._anchor = Anchor(config.anchor, self.inner.param_groups)
         self._create_state()
 
     @property
@@ -83,6 +85,7 @@ class Optimizer:
             group["lr"] = lr * group["lr_mult"]
         if self.clip_grad > 0 and (parameters := self._part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, self.clip_grad, norm)
+        self._anchor.pull(self.inner.param_groups)
         self.inner.step_with_ready_grads()
 
     def main(self, parameter: nn.Parameter) -> Tensor:

@@ -69,7 +69,7 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, words):
     root = tmp_path_factory.mktemp("single")
-    assert launch(1, root, words, steps=20) == [0]
+    assert launch(1, root, words, steps=20, anchor=2.0) == [0]
     return root
 
 
@@ -77,7 +77,7 @@ def single(tmp_path_factory, words):
 def test_equals_a_single_process(name, tmp_path, words, single):
     from safetensors.torch import load_file
 
-    assert launch(2, tmp_path, words, steps=20, **LAYOUTS[name]) == [0, 0]
+    assert launch(2, tmp_path, words, steps=20, anchor=2.0, **LAYOUTS[name]) == [0, 0]
     assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
     ours, theirs = (load_file(root / "out/model.safetensors") for root in (tmp_path, single))
     assert ours.keys() == theirs.keys()
@@ -86,7 +86,7 @@ def test_equals_a_single_process(name, tmp_path, words, single):
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_begin_as_a_single_process(name, tmp_path, words, single):
-    assert launch(4, tmp_path, words, steps=20, save_every=0, die_at=8, **PRODUCTS[name]) == [-9] * 4
+    assert launch(4, tmp_path, words, steps=20, anchor=2.0, save_every=0, die_at=8, **PRODUCTS[name]) == [-9] * 4
     assert losses(tmp_path) == pytest.approx(losses(single)[:8], abs=1e-5)
 
 

@@ -1,0 +1,132 @@
+"""Conversations in Hugging Face's neutral message schema, from what users write: checked and brought into one form.
+
+A record has `messages` (or `prompt` and `completion`, as TRL has them) and, if it likes, what the chat templates take
+beside them (stages.chat.render.VARIABLES). A message has a role and a text or a list of parts; the assistant's may have
+`thinking` and `tool_calls`, whose arguments may be an object or OpenAI's JSON text.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stages.chat.render import VARIABLES
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+PARTS = ("text", "thinking", "document")
+TYPES = {"tools": list, "documents": list, "safety_mode": str, "reasoning": bool, "citations": bool,
+         "response_format": dict}  # fmt: skip
+
+
+class Refused(ValueError):
+    """A record that is no conversation to train on. reason: the same sentence for every record of this kind; found: what
+    stands there instead."""
+
+    def __init__(self, reason: str, found: Any = ""):
+        super().__init__(reason)
+        self.reason, self.found = reason, found if isinstance(found, str) else json.dumps(found, default=str)
+
+
+def conversation(record: Any) -> dict[str, Any]:
+    """`messages`, ending with the assistant's, and what the record has of VARIABLES. Raises Refused."""
+    if not isinstance(record, dict):
+        raise Refused("no JSON object", record)
+    record = _present(record)
+    row: dict[str, Any] = {"messages": [message(one) for one in _messages(record)]}
+    for name in VARIABLES:
+        if name in record:
+            row[name] = _decoded(record[name]) if TYPES[name] in (list, dict) else record[name]
+            if not isinstance(row[name], TYPES[name]):
+                raise Refused(f"{name}: expected {TYPES[name].__name__}", row[name])
+    declared = {_declared(tool) for tool in row.get("tools", [])}
+    if not all(isinstance(document, dict) for document in row.get("documents", [])):
+        raise Refused("documents: expected a list of objects", row["documents"])
+    _order(row["messages"])
+    called = {call["function"]["name"] for one in row["messages"] for call in one.get("tool_calls", [])}
+    if unknown := sorted(called - declared):
+        raise Refused("tool_calls: a function that `tools` does not declare", unknown)
+    return row
+
+
+def _present(value: Any) -> Any:
+    """Without the nulls that Parquet has for absent fields."""
+    if isinstance(value, dict):
+        return {key: _present(one) for key, one in value.items() if one is not None}
+    return [_present(one) for one in value] if isinstance(value, list) else value
+
+
+def _decoded(value: Any) -> Any:
+    """The value of a JSON text, as Parquet files have for what has no fixed fields; any other text as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _messages(record: dict[str, Any]) -> list[Any]:
+    found = record.get("messages")
+    if found is None and "prompt" in record and "completion" in record:
+        sides = (("user", record["prompt"]), ("assistant", record["completion"]))
+        found = [m for role, side in sides for m in (side if isinstance(side, list) else [{"role": role, "content": side}])]
+    if not isinstance(found, list) or not found:
+        raise Refused("messages: expected a list of messages (or prompt and completion)", sorted(record))
+    return found
+
+
+def message(one: Any) -> dict[str, Any]:
+    """A message in the one form. Raises Refused."""
+    if not isinstance(one, dict) or one.get("role") not in ROLES:
+        raise Refused(f"messages: expected roles {', '.join(ROLES)}", one)
+    role, content = ROLES[one["role"]], one.get("content", "")
+    result = role == "tool" and isinstance(content, (dict, list))
+    if isinstance(content, list) and not result:
+        if not all(isinstance(part, dict) and part.get("type") in PARTS for part in content):
+            raise Refused(f"content: expected a text, or parts of type {', '.join(PARTS)}", content)
+    elif not isinstance(content, str) and not result:
+        raise Refused("content: expected a text or a list of parts", content)
+    found = {"role": role, "content": content}
+    for name in ("thinking", "tool_plan", "name", "tool_call_id"):
+        if name in one:
+            if not isinstance(one[name], str):
+                raise Refused(f"{name}: expected a text", one[name])
+            found[name] = one[name]
+    if one.get("tool_calls"):
+        if role != "assistant" or not isinstance(one["tool_calls"], list):
+            raise Refused("tool_calls: expected a list, in a message of the assistant", one["tool_calls"])
+        found["tool_calls"] = [_call(call) for call in one["tool_calls"]]
+    if role == "assistant" and not content and "tool_calls" not in found:
+        raise Refused("messages: an assistant's message without content or tool_calls", one)
+    return found
+
+
+def _call(call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Refused("tool_calls: expected {type: function, function: {name, arguments}}", call)
+    arguments = _decoded(function.get("arguments", {}))
+    if not isinstance(arguments, dict):
+        raise Refused("tool_calls: expected arguments as an object, or its JSON text", arguments)
+    own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", **own, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _declared(tool: Any) -> str:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Refused("tools: expected {type: function, function: {name, description, parameters}}", tool)
+    return function["name"]
+
+
+def _order(messages: list[dict[str, Any]]) -> None:
+    """Raises Refused for turns that no chat has."""
+    roles = [m["role"] for m in messages]
+    spoken = [role for role in roles if role != "system"]
+    if spoken[:1] != ["user"]:
+        raise Refused("messages: the first one after the system message must be the user's", roles)
+    if roles[-1] != "assistant":
+        raise Refused("messages: the last one must be the assistant's", roles)
+    for before, after in zip(messages, messages[1:], strict=False):
+        if "tool_calls" in before and after["role"] != "tool":
+            raise Refused("messages: tool_calls that no tool message answers", roles)
