@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from stages.data import engine
+from stages.data import engine, thresholds
 from stages.data.engine import Plan
 from stages.data.shard import EXAMPLES
 from stages.data.source import Source, find
@@ -153,6 +153,7 @@ def _table(blocks: list[str], counted: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "blocks": list(steps.values()),
         "rows": [dict(zip(names, (*key, *value), strict=True)) for key, value in sorted(rows.items())],
+        "thresholds": thresholds.merge([one["thresholds"] for one in counted]),
         "removed_examples": {name: examples[name] for name in steps if name in examples},
     }
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.data import thresholds
 from stages.data.document import Document, size
 from stages.data.formats._record import TEXT_FIELDS
 from stages.data.join import Keys, State
@@ -166,16 +167,16 @@ def run_shard(plan: Plan, number: int, shard: int) -> None:
     earlier = [plan.path(n, shard) for n in range(number)] if number == len(plan.steps) - 1 else None
     operations = list(_operations(plan, number, shard))
     counts = {name: [0, 0, 0] for name, _ in operations}
-    kept = 0
+    kept, scores = 0, {}
     with Writer(path, earlier) as writer:
         for batch, first in _batches(plan, number, shard):
             for name, operate in operations:
-                batch, first = _through(batch, first, name, operate, counts[name], writer, source.split)
+                batch, first = _through(batch, first, name, operate, counts[name], writer, source.split, scores)
             for name in step.keys:
                 writer.keys(name, block(name).keys(batch, plan.options[name]), kept)
             kept += len(batch)
             writer.keep(batch)
-    commit(path.with_suffix(".json"), {"documents": kept, "steps": counts, **writer.counted()})
+    commit(path.with_suffix(".json"), {"documents": kept, "steps": counts, "thresholds": scores, **writer.counted()})
 
 
 def _batches(plan: Plan, number: int, shard: int) -> Iterator[tuple[list[Document], np.ndarray]]:
@@ -226,7 +227,7 @@ def _alone(name: str, options: Any) -> Callable[..., list[str]]:
     return lambda batch, _: [module.clean(document, options) for document in batch]
 
 
-def _through(batch, places, name, operate, counts, writer, split) -> tuple[list[Document], np.ndarray]:
+def _through(batch, places, name, operate, counts, writer, split, scores) -> tuple[list[Document], np.ndarray]:
     """What is left of a batch after one block; protected documents always stay."""
     reasons = operate(batch, places) if batch else []
     if name == "read" and split in STAYS and (broken := next((one for one in batch if one.fault), None)):
@@ -239,6 +240,7 @@ def _through(batch, places, name, operate, counts, writer, split) -> tuple[list[
             writer.remove(document, name, reason)
     left = [document for document, stay in zip(batch, stays, strict=True) if stay]
     if split not in STAYS:
+        thresholds.see(scores, name, batch, reasons)
         counts[0] += len(batch) - len(left)
         counts[1] += len(left)
         counts[2] += sum(size(document.text) for document in left)

@@ -86,25 +86,27 @@ def test_labels_never_meet(tmp_path):
     assert [one.label for one in found] == ["a-2", "a", "a-3", "a-4"]
 
 
-def test_killed_at_random_it_goes_on(docs, tmp_path):
-    """Killed with all its workers after a random number of shards, seven times; then let through."""
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_it_goes_on(docs, tmp_path, seed):
+    """Killed with all its workers at random moments, in shards, between them and in joins; then let through."""
     expected, _ = run(tmp_path, docs, "whole", workers=1)
-    rng, done, kills = random.Random(0), 0, 0
-    for attempt in range(8):
-        done += rng.randint(1, 4) if attempt < 7 else 1000
+    rng, marks, kills = random.Random(seed), tmp_path / "killed-scratch" / "curate", 0
+    for attempt in range(5):
         child = os.fork()
         if not child:
             os.setsid()
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 shutil.rmtree(tmp_path / "killed-out", ignore_errors=True)
-                run(tmp_path, docs, "killed", workers=2)
+                run(tmp_path, docs, "killed", workers=rng.randint(1, 3))
             finally:
                 os._exit(0)
-        while len(list((tmp_path / "killed-scratch").glob("curate/*.json"))) < done and not os.waitpid(child, os.WNOHANG)[0]:
+        wanted = len(list(marks.glob("*.json"))) + (rng.randint(0, 6) if attempt < 4 else 1000)
+        while len(list(marks.glob("*.json"))) < wanted and not os.waitpid(child, os.WNOHANG)[0]:
             time.sleep(0.001)
         else:
             try:
+                time.sleep(rng.uniform(0, 0.03))
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 kills += 1

@@ -279,3 +279,45 @@ def test_a_bare_git_repository(tmp_path, monkeypatch):
     kept, removed, _ = run(tmp_path, tmp_path / "tools.git", blocks=["quality", "split"], workers=2)
     assert len(kept) == 13 and not removed and kept["tools.git/pkg/tool3.py"]["domain"] == "code"
     assert kept["tools.git/pkg/tool3.py"]["text"] == (work / "pkg" / "tool3.py").read_text()
+
+
+def test_a_hostile_git_repository_runs_nothing(tmp_path, monkeypatch):
+    """Its configuration names programs for every occasion, its promisor a remote to fetch from; none of them is started."""
+    import subprocess
+
+    from stages.data.sources import _git
+
+    def git(*command, cwd):
+        return subprocess.run(["git", *command], cwd=cwd, check=True, capture_output=True, text=True).stdout.strip()
+
+    work, bare, witness = tmp_path / "work", tmp_path / "evil.git", tmp_path / "started"
+    work.mkdir()
+    (work / "a.py").write_text("x = 1\n")
+    git("init", "-q", cwd=work)
+    git("add", ".", cwd=work)
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one", cwd=work)
+    git("clone", "-q", "--bare", ".", str(bare), cwd=work)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {witness}\n")
+    program.chmod(0o755)
+    for key in ("core.fsmonitor", "core.sshCommand", "core.pager", "core.alternateRefsCommand", "core.gitProxy", "remote.origin.uploadpack",
+                "credential.helper", "diff.external", "filter.x.smudge", "core.editor", "uploadpack.packObjectsHook"):  # fmt: skip
+        git("config", key, str(program), cwd=bare)
+    for key, value in (("core.hooksPath", str(tmp_path)), ("remote.origin.url", f"ext::{program}"), ("protocol.ext.allow", "always"),
+                       ("remote.origin.promisor", "true"), ("extensions.partialClone", "origin"), ("core.repositoryformatversion", "1")):  # fmt: skip
+        git("config", key, value, cwd=bare)
+    for hook in (bare / "hooks").iterdir():
+        program.replace(hook) if program.exists() else hook.unlink()
+    monkeypatch.setenv("GIT_EXTERNAL_DIFF", str(program))
+    assert [document.text for document in _git.documents(_git.entries(str(bare)))] == ["x = 1\n"]
+    tag = _git.entries(str(bare))[0].tag
+    (bare / "objects" / tag[:2] / tag[2:]).unlink()  # a missing object would be fetched
+    _git._reader.cache_clear()
+    with pytest.raises(CuveeError, match="is damaged|cannot be read"):
+        list(_git.documents(_git.entries(str(bare))))
+    _git._reader.cache_clear()
+    assert not witness.exists()
+    (bare / "objects/info").mkdir(exist_ok=True)
+    (bare / "objects/info/alternates").write_text(f"{tmp_path}/work/.git/objects\n")
+    with pytest.raises(CuveeError, match="borrows objects of other folders"):
+        _git.entries(str(bare))

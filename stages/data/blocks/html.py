@@ -29,10 +29,12 @@ def clean(document: Document, config: Config) -> str:
     if (depth := _depth(document.text, config.max_depth)) > config.max_depth:
         return f"page nested too deep: {depth} tags"
     from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
 
-    text = extract_plain_text(document.text, preserve_formatting=True, main_content=True)
+    tree = HTMLTree.parse(document.text)  # most of the time is here
+    text = extract_plain_text(tree, preserve_formatting=True, main_content=True)
     # Short pages without <article> or <main> confuse the heuristics: never lose most of what is there.
-    everything = extract_plain_text(document.text, preserve_formatting=True)
+    everything = extract_plain_text(tree, preserve_formatting=True)
     if len(text) < config.min_share * len(everything):
         text = everything
     document.text, document.markup = text.strip() + "\n", ""

@@ -1,20 +1,25 @@
-"""Language identification (py3langid; resiliparse for long English texts): fills `language`, removes what is not wanted."""
+"""Language identification (py3langid; resiliparse for long texts that it is sure of): fills `language`, removes what is not wanted."""
 
 from dataclasses import dataclass
 from functools import cache
 
 from stages.data.document import Document
 from stages.data.sources.cldr import LANGUAGES
+from stages.data.thresholds import Scored
 from stages.stage import option
 
 SAMPLE = 300  # characters looked at, at the beginning and in the middle: more changes nothing and costs time
-GLANCE, MAX_DISTANCE = 2000, 350  # characters, and the distance of trigrams (English prose has 200 to 330 there)
+GLANCE = 2000  # characters of a long text
+# The languages that resiliparse takes for no other (it mixes up Spanish, Portuguese and Galician, Malay and Indonesian), up
+# to a distance of trigrams: prose has 200 to 330 there, a language it does not know 300 and more from its neighbour.
+CERTAIN = set("en fr it de ja ko ar zh ru pl tr vi nl cs uk ro el he fa".split())
+FAR, NEAR = 350, 290
 
 
 @dataclass
 class Config:
     languages: list[str] = option(LANGUAGES, "ISO 639-1 codes of the languages to keep")
-    min_probability: float = option(0.2, "smallest probability of the best of them")
+    min_ratio: float = option(0.5, "smallest probability of the best of them, as a share of the likeliest language's of all")
     min_characters: int = option(300, "a shorter document keeps the language its source declares")
 
 
@@ -32,21 +37,28 @@ def clean(document: Document, config: Config) -> str:
     if document.domain in ("code", "names") or short:
         wanted = not document.language or document.language in config.languages
         return "" if wanted else f"language not wanted: {document.language}"
-    if "en" in config.languages and _english(text):
-        document.language = "en"
-        return ""
+    if (certain := _certain(text)) in config.languages:
+        document.language = certain
+        return Scored("", 1.0, config.min_ratio)
     middle = len(text) // 2
-    ranked = _identifier().rank(text if len(text) <= 2 * SAMPLE else f"{text[:SAMPLE]}\n{text[middle : middle + SAMPLE]}")
-    found, probability = next(((code, p) for code, p in ranked if code in config.languages), ("", 0.0))
-    if probability < config.min_probability:
-        return f"language not wanted: {ranked[0][0]} ({ranked[0][1]:.2f})"
+    looked_at = text if len(text) <= 2 * SAMPLE else f"{text[:SAMPLE]}\n{text[middle : middle + SAMPLE]}"
+    likeliest, most = _identifier().classify(looked_at)
+    found, probability = likeliest, most
+    if likeliest not in config.languages:  # a short text is easily taken for one of eighty others
+        ranked = _identifier().rank(looked_at)
+        found, probability = next(((code, p) for code, p in ranked if code in config.languages), ("", 0.0))
+    ratio = probability / most
+    if ratio < config.min_ratio:
+        return Scored(f"language not wanted: {likeliest} ({most:.2f})", ratio, config.min_ratio)
     document.language = found
-    return ""
+    return Scored("", ratio, config.min_ratio)
 
 
-def _english(text: str) -> bool:
-    """Whether a long text is English beyond doubt, by resiliparse's trigrams: at a fiftieth of the cost."""
+def _certain(text: str) -> str:
+    """The language of a long text where it is beyond doubt, by resiliparse's trigrams: at a fiftieth of the cost; or ""."""
     from resiliparse.parse.lang import detect_fast
 
-    found, distance = detect_fast(text[:GLANCE], cutoff=MAX_DISTANCE) if len(text) >= 1000 else ("", 0)
-    return found == "en"
+    if len(text) < 1000:
+        return ""
+    found, distance = detect_fast(text[:GLANCE], cutoff=max(FAR, NEAR))
+    return found if found in CERTAIN and distance <= (FAR if found in ("en", "ja", "ko", "zh") else NEAR) else ""

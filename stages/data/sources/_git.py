@@ -27,8 +27,7 @@ class Blob(Entry):
         reader.stdin.flush()
         answer = reader.stdout.readline().split()
         if len(answer) != 3:
-            raise CuveeError(f"data.sources: {self.path} is damaged, object {self.tag} of {self.name} is missing; "
-                             "clone it again")
+            raise _damaged(self.path, self.tag, self.name)
         data = reader.stdout.read(int(answer[2]))
         reader.stdout.read(1)
         return io.BytesIO(data)
@@ -40,15 +39,27 @@ class Blob(Entry):
 @cache
 def _reader(repository: str, process: int) -> subprocess.Popen:
     """`git cat-file --batch`, one a process: it answers in turn."""
-    return subprocess.Popen(["git", "-C", repository, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    return subprocess.Popen([*_git(repository), "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             env=_environment())  # fmt: skip
 
 
+def _git(repository: str) -> list[str]:
+    """git, with what a repository's own configuration may start or ask for switched off."""
+    quiet = ["core.fsmonitor=false", "core.hooksPath=/dev/null", "core.alternateRefsCommand=", "protocol.allow=never",
+             f"safe.directory={os.path.abspath(repository)}"]  # fmt: skip
+    return ["git", *(part for setting in quiet for part in ("-c", setting)), f"--git-dir={repository}"]
+
+
 def _environment() -> dict[str, str]:
-    """What a foreign repository may ask of git: nothing off the network, no replaced objects, no other repository's names."""
+    """What a foreign repository may ask of git: nothing off the network, no replaced objects, no other repository's names,
+    and no configuration of this machine or user, on which the bytes must not depend."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return kept | {"GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_NOSYSTEM": "1", "GIT_NO_REPLACE_OBJECTS": "1",
-                   "GIT_TERMINAL_PROMPT": "0"}  # fmt: skip
+    return kept | {"GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_ALLOW_PROTOCOL": "none",
+                   "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_PAGER": "cat"}  # fmt: skip
+
+
+def _damaged(repository: str, tag: str, name: str) -> CuveeError:
+    return CuveeError(f"data.sources: {repository} is damaged, object {tag} of {name} is missing; clone it again")
 
 
 def is_repository(path: Path) -> bool:
@@ -59,8 +70,11 @@ def is_repository(path: Path) -> bool:
 def entries(source: str) -> list[Entry]:
     """All files at HEAD, sorted by name, without links and submodules. Raises CuveeError where git is missing or fails."""
     path = str(Path(source).expanduser())
+    if (borrowed := Path(path, "objects/info/alternates")).exists():
+        raise CuveeError(f"data.sources: {source} borrows objects of other folders ({borrowed}), which may be anyone's; "
+                         "copy them in with `git repack -a -d` and remove that file")
     try:
-        command = ["git", "-C", path, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD"]
+        command = [*_git(path), "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD"]
         done = subprocess.run(command, capture_output=True, check=False, env=_environment())
     except FileNotFoundError:
         raise CuveeError(f"data.sources: {source} is a Git repository and git is not installed; install it, or give "
@@ -73,5 +87,7 @@ def entries(source: str) -> list[Entry]:
         head, _, name = line.partition("\t")
         if name and head.split()[0] in ("100644", "100755"):
             _, _, tag, size = head.split()
+            if size == "BAD":
+                raise _damaged(path, tag, name)
             found.append(Blob(name, int(size), path, take=int(size), tag=tag))
     return sorted(found, key=lambda entry: entry.name)
