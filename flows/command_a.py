@@ -49,6 +49,8 @@ def recipe(step, conf) -> None:
               **{f"rl-{e}": m for e, m in rl.items()}, **rounds}
     scores = {name: step(f"scores-{name}", "evaluation.evaluate", conf.evaluate,
                          model=model, prompts=prompts, tokens=tokens, reward=reward) for name, model in models.items()}
+    if conf.judged.teachers:
+        step("judged", "teacher.compare", conf.judged, models={m: scores[m] for m in rounds}, baseline=scores["instruct"], prompts=prompts)
     export = step("export", "export.huggingface", conf.export, model=models["polished"])
     step("report", "report.report", conf.report, scores=scores, export=export, corpus=corpus, reward=reward)
 
@@ -58,6 +60,8 @@ def own_conversations(step, conf, tokenizer, prompts):
     found = {}
     if conf.conversations.sources:
         found["user"] = step("conversations", "data.conversations", conf.conversations, tokenizer=tokenizer)
+    if conf.synthetic.teachers:
+        found["synthetic"] = step("synthetic", "data.synthetic", conf.synthetic, prompts=prompts)
     return found
 
 

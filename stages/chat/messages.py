@@ -69,7 +69,9 @@ def _messages(record: dict[str, Any]) -> list[Any]:
     found = record.get("messages")
     if found is None and "prompt" in record and "completion" in record:
         sides = (("user", record["prompt"]), ("assistant", record["completion"]))
-        found = [m for role, side in sides for m in (side if isinstance(side, list) else [{"role": role, "content": side}])]
+        found = [
+            m for role, side in sides for m in (side if isinstance(side, list) else [{"role": role, "content": side}])
+        ]
     if not isinstance(found, list) or not found:
         raise Refused("messages: expected a list of messages (or prompt and completion)", sorted(record))
     return found
