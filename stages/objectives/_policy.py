@@ -64,10 +64,10 @@ def average(batch: Packed, values: Tensor, part: Tensor) -> tuple[Tensor, Tensor
 
 def described(batch: Packed, part: Tensor, **values: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Means over the sequences where `part` is 1: the [S] values given, entropy (-log pi a token: the policy's entropy
-    on its own completions), length (target tokens), and with behaviour staleness (KL a token from the sampler)."""
+    on its own completions), length (target tokens), and with behaviour kl_sampler (KL a token from what sampled)."""
     tokens = length(batch)
     mean = lambda each: batch.sums(each) / tokens.clamp(min=1)  # noqa: E731
     values = values | {"entropy": mean(-batch.logprobs), "length": tokens}
     if batch.behaviour is not None:
-        values["staleness"] = mean(k3(batch.logprobs - batch.behaviour))
+        values["kl_sampler"] = mean(k3(batch.logprobs - batch.behaviour))
     return {name: ((value.detach() * part).sum(), part.sum()) for name, value in values.items()}

@@ -15,6 +15,7 @@ A group is the completions of one prompt; field `reward` is R. Sequences without
 from dataclasses import dataclass
 
 from stages.objectives._common import by_group, filled, length, log_ratio, total
+from stages.objectives._policy import k3
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
 
@@ -35,7 +36,8 @@ def loss(batch: Packed, config: Config) -> Loss:
     """Sum over groups of k >= 2 filled sequences; count = such groups.
 
     Metrics, each the mean over a group's completions: reward (R), kl (log pi/pi_ref: the KL on the policy's own
-    completions), entropy (-log pi a token, likewise), length (target tokens).
+    completions), entropy (-log pi a token, likewise), length (target tokens), and with behaviour kl_sampler (KL a token
+    from what sampled them).
     """
     present = filled(batch).to(batch.logprobs)
     h, reward = log_ratio(batch), batch.fields["reward"].to(batch.logprobs)
@@ -53,4 +55,6 @@ def loss(batch: Packed, config: Config) -> Loss:
     tokens = length(batch)
     surprise = -batch.sums(batch.logprobs) / tokens.clamp(min=1)
     metrics = {"reward": average(reward), "kl": average(h), "entropy": average(surprise), "length": average(tokens)}
+    if batch.behaviour is not None:
+        metrics["kl_sampler"] = average(batch.sums(k3(batch.logprobs - batch.behaviour)) / tokens.clamp(min=1))
     return Loss(scale * terms.sum(), contrasted.sum(), metrics)

@@ -107,15 +107,15 @@ def render_prompt(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
     return render_row(tokenizer, prompt, generation=True).ids
 
 
-def answer_ids(tokenizer: Any, messages: list[dict], answer: str) -> list[int]:
-    """Tokens of the assistant's turn with `answer`, the end of turn included, as they follow the rendered prompt.
+def answer_ids(tokenizer: Any, row: dict[str, Any], answer: str) -> list[int]:
+    """Tokens of the assistant's turn with `answer`, the end of turn included, as they follow the rendered prompt of the row.
 
     Raises CuveeError when the chat template does not write a prompt as the beginning of the whole conversation.
     """
-    from stages.chat.render import render
+    from stages.chat.render import render_row
 
-    prompt = render(tokenizer, messages, generation=True).ids
-    whole = render(tokenizer, [*messages, {"role": "assistant", "content": answer}]).ids
+    prompt = render_row(tokenizer, row, generation=True).ids
+    whole = render_row(tokenizer, row, answer).ids
     if whole[: len(prompt)] != prompt:
         raise CuveeError("chat template: a prompt is not the beginning of the same conversation with its answer; "
                          "mend the template, its generation prompt must be what it writes before an answer")  # fmt: skip
@@ -140,7 +140,7 @@ class Sampler:
         """One row a prompt, as in the artifact PAIRS: the prompt's own fields, `completions` (texts, special tokens
         shown, without the end of turn), `tokens` (their ids, with it), `logprobs` (nats of each token under the policy
         that sampled it; null for an answer, and for all where temperature is not 1, as the engine gives none of those),
-        `rewards` (weighted sums) and `parts` (reward name -> values). The reference answer, if asked for, is the last
+        `rewards` (weighted sums) and `parts` (reward name -> values, null where it does not apply). The reference answer, if asked for, is the last
         completion. share: as in an engine's `generate`."""
         config, began = self.config, time.monotonic()
         ids = [render_prompt(self.tokenizer, p) for p in prompts]
@@ -159,7 +159,7 @@ class Sampler:
             for prompt, text, token, logprob in zip(prompts, texts, tokens, logprobs, strict=True):
                 text.append(prompt["answer"])
                 logprob.append(None)
-                token.append(answer_ids(self.tokenizer, prompt["messages"], prompt["answer"]))
+                token.append(answer_ids(self.tokenizer, prompt, prompt["answer"]))
         weights = config.reward_weights()
         parts = {}
         for name, reward in self.rewards.items():
@@ -167,8 +167,8 @@ class Sampler:
             parts[name] = reward.of_tokens(tokens, config.max_new_tokens) if by_tokens else reward(prompts, texts)
         rows = []
         for i, prompt in enumerate(prompts):
-            own = {name: [float(v) for v in values[i]] for name, values in parts.items()}
-            total = [sum(weights[name] * own[name][j] for name in own) for j in range(len(texts[i]))]
+            own = {name: [None if v is None else float(v) for v in values[i]] for name, values in parts.items()}
+            total = [sum(weights[name] * (own[name][j] or 0.0) for name in own) for j in range(len(texts[i]))]
             rows.append({**prompt, "completions": texts[i], "tokens": tokens[i], "logprobs": logprobs[i],
                          "rewards": total, "parts": own})  # fmt: skip
         self.seconds["generating"] += generated - began
@@ -193,5 +193,7 @@ def statistics(rows: list[dict[str, Any]], sampled: int) -> dict[str, float]:
         "length": mean([[len(t) for t in row["tokens"][:sampled]] for row in rows]),
     }
     for name in rows[0]["parts"]:
-        found[f"reward/{name}"] = mean([row["parts"][name][:sampled] for row in rows])
+        judged = [[v for v in row["parts"][name][:sampled] if v is not None] for row in rows]
+        if any(judged):
+            found[f"reward/{name}"] = mean(judged)
     return found

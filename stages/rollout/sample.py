@@ -51,6 +51,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     """
     import time
 
+    from stages.rewards._common import refuse_idle
+
     engine = resolve("rollout/engines", config.engine).Engine(
         inputs["policy"].path, ctx, options=config.engine_options
     )
@@ -63,6 +65,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     if not fits:
         raise CuveeError(f"sequence_length: no prompt is within {longest} tokens (sequence_length - max_new_tokens); "
                          f"raise sequence_length")  # fmt: skip
+    refuse_idle(list(config.reward_weights()), fits)
     began = time.monotonic()
     rows = sampler(fits, config.seed)
     seconds = time.monotonic() - began

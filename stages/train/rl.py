@@ -1,29 +1,20 @@
 """Reinforcement learning: sample with the policy, reward, and train on the samples (CoPG; other objectives by name).
 
-Online, the rollouts of a block of `rollout_every` steps are sampled with the weights at its first step; offline
-(rollout_every 0) there is one block. Rollouts are a function of (configuration, step, weights) and lie in the scratch
-folder before they are trained on, so that a resumed run goes on with the very same ones.
+Online, the rollouts of a block of `rollout_every` steps are sampled with the weights at its first step, or off-policy at
+the first step of the block before; offline (rollout_every 0) there is one block. See _rollouts.py.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.rollout._collect import (
-    SampleConfig,
-    Sampler,
-    load_prompts,
-    read_jsonl,
-    render_prompt,
-    schedule,
-    statistics,
-    write_jsonl,
-)
-from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
+from stages.rollout._collect import SampleConfig, read_jsonl, statistics, write_jsonl
+from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.train._groups import ObjectiveConfig
 from stages.trainer.config import TrainConfig
 
-VERSION = "2"
+VERSION = "3"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -32,8 +23,7 @@ INPUTS = {
 OUTPUT = Kind.CHECKPOINT
 DISTRIBUTED = True
 KINDS = ("completions", "pair", "revisions")
-HALF_THRESHOLD = 0.5  # nats between a policy trained in BF16 and the engine's FP32; logits of 30 are known to 0.1
-PROBES = 4  # prompts whose first completions check that engine and trainer agree after each sync
+SHOWN, SHOWN_CHARACTERS = 16, 2000  # rows of `samples.json` of the first and of the last block; of a text in them
 
 
 @dataclass
@@ -42,6 +32,10 @@ class Config(ObjectiveConfig, SampleConfig, TrainConfig):
     batch_groups: int = option(64, "prompts an optimizer step")
     rollout_every: int = option(
         1, "steps between rollouts with the current weights; 0 samples once, at the start (offline)"
+    )
+    off_policy: bool = option(
+        False,
+        "sample a rollout with the weights at the start of the one before: with rollout_every 1 those of one step ago",
     )
     rollout_prompts: int = option(0, "prompts of a rollout, trained on in epochs; 0 = each step has prompts of its own")
 
@@ -70,6 +64,10 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
             f"batch_groups is {config.batch_groups}, rollout_every {config.rollout_every}, rollout_prompts "
             f"{config.rollout_prompts}; give at least 1, 0 and 0"
         )
+    if config.off_policy and not config.rollout_every:
+        raise ConfigError(
+            "off_policy: true, but with rollout_every 0 all rollouts are sampled at the start; give rollout_every 1 or more"
+        )
     if config.completions + config.with_answer < 2:
         raise ConfigError(f"completions: {config.completions} contrasts nothing; give at least 2")
 
@@ -86,12 +84,15 @@ def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
 
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
-    """Train, write the CHECKPOINT folder and `rollouts.jsonl` (all rollouts with rewards, a line a prompt).
+    """Train, write the CHECKPOINT folder, `rollouts.jsonl` (all rollouts with rewards, a line a prompt) and `samples.json`
+    (some of the first and of the last, a column a list, as MLflow shows tables).
 
-    Returns the trainer's metrics and `reward_first`, `reward_last`: mean sampled reward of the first and last block.
+    Returns the trainer's metrics and `reward_first`, `reward_last`: mean sampled reward of the first and last block, and
+    the shares of this process's time spent generating, rewarding, syncing weights and training.
     Raises CuveeError when engine and trainer disagree after a sync, or no prompt's rewards differ.
     """
     from stages.train._groups import objective, prepared
+    from stages.train._rollouts import Rollouts
     from stages.trainer.loop import train
 
     init: Path = inputs["init"].path
@@ -109,123 +110,20 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         )
     blocks = [read_jsonl(path) for path in stream.files()]
     write_jsonl(out / "rollouts.jsonl", [{"block": i, **row} for i, rows in enumerate(blocks) for row in rows])
+    (out / "samples.json").write_text(json.dumps(_table([blocks[0], blocks[-1]][: len(blocks)]), ensure_ascii=False))
     first, last = (statistics(rows, config.completions) for rows in (blocks[0], blocks[-1]))
-    return metrics | {"reward_first": first["reward"], "reward_last": last["reward"], "contrast": last["contrast"]}
+    metrics |= {"reward_first": first["reward"], "reward_last": last["reward"], "contrast": last["contrast"]}
+    return metrics | stream.clock.total()
 
 
-class Rollouts:
-    """A Stream of groups sampled by the policy in training."""
-
-    def __init__(self, config: Config, inputs: dict[str, Any], ctx: Context, module: Any):
-        from transformers import AutoTokenizer
-
-        from stages.train._groups import Grouper
-
-        self.config, self.ctx, self.init = config, ctx, inputs["init"].path
-        self.folder = ctx.scratch / "rollouts"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.reward = inputs["reward"].path if "reward" in inputs else None
-        self.tokenizer = AutoTokenizer.from_pretrained(self.init)
-        self.prompts = self._fitting(load_prompts(inputs["prompts"], config.mix))
-        draws = len(self.files()) * config.prompts_of_block()
-        self.drawn = schedule({d: len(rows) for d, rows in self.prompts.items()}, config.mix, draws, config.seed)
-        self.grouper = Grouper(
-            self.tokenizer, module.GROUP, config.sequence_length, min_gap=config.min_gap,
-            behaviour=module.NEEDS_BEHAVIOUR,
-        )  # fmt: skip
-        self.sampler: Sampler | None = None
-        self.current, self.groups = -1, []
-
-    def files(self) -> list[Path]:
-        return [self._file(i) for i in range(self.config.block(self.config.steps - 1)[0] + 1)]
-
-    def batch(self, step: int, trainer: Any) -> list:
-        from stages.train._groups import epoch_slice
-
-        number, first = self.config.block(step)
-        if number != self.current:
-            self.groups, self.current = self._block(number, first, trainer), number
-        if not self.groups:
-            return []
-        at = (step - first) * self.config.batch_groups
-        order = epoch_slice(len(self.groups), at, self.config.batch_groups, self.config.seed + first)
-        return [group for i in order for group in self.groups[i]]
-
-    def _block(self, number: int, first: int, trainer: Any) -> list:
-        """Per prompt of the block, its groups (none if its rewards do not tell completions apart)."""
-        from stages.trainer.parallel import on_first
-
-        if not on_first(self._file(number).exists):
-            self._sample(number, first, trainer)
-        rows = read_jsonl(self._file(number))
-        groups = [found for found in map(self.grouper, rows) if found]
-        if not groups:
-            self.ctx.log(
-                f"step {first}: none of {len(rows)} prompts tells its completions apart; nothing to learn from"
-            )
-        return groups
-
-    def _sample(self, number: int, first: int, trainer: Any) -> None:
-        """Write the block's rollouts: the first process samples, with what all of them know of the policy."""
-        from types import SimpleNamespace
-
-        import numpy as np
-
-        from stages.trainer.batch import Sequence
-        from stages.trainer.parallel import on_first
-
-        count = self.config.prompts_of_block()
-        prompts = [self.prompts[domain][i] for domain, i in self.drawn[number * count :][:count]]
-        probes = [render_prompt(self.tokenizer, p) for p in prompts[:PROBES]]
-        groups = [[Sequence(np.array(p, np.int32), np.ones(len(p), np.float32))] for p in probes]
-        state, logprobs = trainer.hf_state(), trainer.logprobs(groups)
-        policy = SimpleNamespace(hf_state=lambda: state, logprobs=lambda _: logprobs)
-        on_first(lambda: write_jsonl(self._file(number), self._rollouts(first, prompts, probes, policy)))
-
-    def _rollouts(self, first: int, prompts: list[dict], probes: list[list[int]], policy: Any) -> list[dict[str, Any]]:
-        import time
-
-        began, config = time.monotonic(), self.config
-        gap = self._sync(policy, probes)
-        rows = self.sampler(prompts, seed=config.seed * 1_000_003 + first)
-        rows = [{"version": first, **row} for row in rows]  # optimizer steps behind the weights that sampled
-        seconds = time.monotonic() - began
-        found = statistics(rows, config.completions)
-        tokens = sum(len(t) for row in rows for t in row["tokens"][: config.completions])
-        values = {f"rollout/{k}": v for k, v in found.items()} | {"rollout/parity": gap}
-        self.ctx.metrics(first, **values, **{"rollout/tokens_per_second": tokens / seconds})
-        self.ctx.log(
-            f"step {first}: {tokens} tokens of {len(prompts)} prompts in {seconds:.1f} s, reward {found['reward']:.3f}"
-        )
-        return rows
-
-    def _sync(self, policy: Any, probes: list[list[int]]) -> float:
-        """Bring the policy's weights to the engine and probe that both give the same log-probabilities (nats)."""
-        engines = resolve("rollout/engines", self.config.engine)
-        state = policy.hf_state()
-        if self.sampler is None:
-            self.sampler = Sampler(self.config, engines.Engine(self.init, self.ctx, state), self.ctx, self.reward)
-        else:
-            self.sampler.engine.sync_weights(state)
-        half = self.config.precision_at(0) != "fp32"
-        threshold = HALF_THRESHOLD if half else engines.PROBE_THRESHOLD
-        return engines.parity(self.sampler.engine, policy, probes, threshold)
-
-    def _fitting(self, prompts: dict[str, list[dict]]) -> dict[str, list[dict]]:
-        longest = self.config.sequence_length - self.config.max_new_tokens
-        fits = lambda p: len(render_prompt(self.tokenizer, p)) <= longest  # noqa: E731
-        found = {domain: [p for p in rows if fits(p)] for domain, rows in prompts.items()}
-        for domain, rows in found.items():
-            if not rows:
-                raise CuveeError(
-                    f"sequence_length: no prompt of {domain} is within {longest} tokens (sequence_length - "
-                    f"max_new_tokens); raise it or leave the domain out of mix"
-                )
-            if len(rows) < len(prompts[domain]):
-                self.ctx.log(
-                    f"{domain}: {len(prompts[domain]) - len(rows)} prompts are longer than {longest} tokens; left out"
-                )
-        return found
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"block-{number:06d}.jsonl"
+def _table(blocks: list[list[dict[str, Any]]]) -> dict[str, list[Any]]:
+    """Column -> values: the first sampled completion of some prompts of each block, with its rewards."""
+    rows = []
+    for row in (row for block in blocks for row in block[:SHOWN]):
+        prompt, completion = row["messages"][-1]["content"], row["completions"][0]
+        own = {f"reward/{name}": values[0] for name, values in row["parts"].items() if values[0] is not None}
+        rows.append({
+            "version": row["version"], "domain": row["domain"], "prompt": str(prompt)[-SHOWN_CHARACTERS:],
+            "completion": completion[:SHOWN_CHARACTERS], "tokens": len(row["tokens"][0]), "reward": row["rewards"][0], **own,
+        })  # fmt: skip
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(k for row in rows for k in row)}

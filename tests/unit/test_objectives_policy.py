@@ -69,7 +69,7 @@ def test_clipping(name, ratio, up, down):
     found, metrics = gradient(name, on_policy(1.0, 0.0, ratio=ratio), **options)
     assert [x != 0 for x in found] == [up, down]
     assert found[0] <= 0 <= found[1]
-    assert metrics["staleness"] == pytest.approx(ratio - 1 - math.log(ratio))
+    assert metrics["kl_sampler"] == pytest.approx(ratio - 1 - math.log(ratio))
     assert metrics.get("clipped", 0.0) == (not up) / 2 + (not down) / 2
 
 

@@ -119,7 +119,7 @@ def test_trains_by_its_name_online(name, speaker, prompts, tmp_path):
     assert all(len(t) == len(p) for row in rows for t, p in zip(row["tokens"], row["logprobs"], strict=True))
     assert all(p <= 0 for row in rows for nats in row["logprobs"] for p in nats)
     if name in RATIOS:
-        assert abs(metrics["staleness"]) < 1e-9 and metrics.get("clipped", 0) == 0
+        assert abs(metrics["kl_sampler"]) < 1e-9 and metrics.get("clipped", 0) == 0
 
 
 @pytest.mark.parametrize("name", STAGED)

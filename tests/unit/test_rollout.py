@@ -19,10 +19,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+@pytest.fixture(scope="module", params=["shrinking batch", "fixed shapes"])
+def engine(request, tmp_path_factory):
+    """On a CPU, and with the logic that a GPU replays from graphs."""
     folder = tmp_path_factory.mktemp("engine")
-    return engines.Engine(save_checkpoint(folder / "model", std=0.4), context(folder / "scratch"))
+    engine = engines.Engine(save_checkpoint(folder / "model", std=0.4), context(folder / "scratch"))
+    engine.fixed_shapes = request.param == "fixed shapes"
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,9 @@ def test_reproducible_from_the_seed_whatever_the_batch(engine, prompts, monkeypa
     assert draw(5) == first
     assert draw(6) != first
     assert first[0][0].ids != first[0][1].ids
-    monkeypatch.setitem(engines.ROWS, "cpu", 2)
+    for device in engines.ROWS:
+        monkeypatch.setitem(engines.ROWS, device, 2)
+    monkeypatch.setattr(engine, "slots", None)
     assert [[c.ids for c in row] for row in draw(5)] == [[c.ids for c in row] for row in first]
 
 

@@ -3,11 +3,12 @@
 `generate()` prefills every one of a prompt's n samples, concatenates its cache each step and waits for the longest
 sample; here the prompt's cache is shared out, lies in one preallocated buffer, and finished rows leave the batch.
 Masks are given per kind of layer, so that a step costs little besides the arithmetic.
+
+That is for CPUs, in FP32. A GPU computes in BF16 with continuous batching in fixed shapes: see _slots.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,47 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from stages.model.inference import extend, take_rows
-from stages.stage import Context, CuveeError
+from stages.model.inference import extend, extended, take_rows
+from stages.rollout.engines._engine import Completion, differences, parity
+from stages.rollout.engines._slots import Slots, choose, output_logits
+from stages.stage import ConfigError, Context, CuveeError
 
 ROWS = {"cpu": 128, "cuda": 1024}  # sequences decoded together at most; more is no faster
+LOGITS = 1 << 27  # of a step on a GPU at most, so that their FP32 copies stay within 2 GiB
+MEMORY = 0.4  # share of a GPU's free memory that the slots' keys and values may have
 PREFILL_TOKENS = {"cpu": 16384, "cuda": 262144}  # prompt tokens of a batch at most, padding included
-PROBE_THRESHOLD = 1e-3  # nats; FP32 on both sides differs by about 1e-5
+THRESHOLD = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats: FP32 on both sides differs by about 1e-5; in BF16 logits
+# of 30 are known to 0.1
 
-
-@dataclass
-class Completion:
-    """ids: the sampled tokens, the stop token included if it came. text: the same without it, special tokens shown.
-    logprobs: nats of each id under the model (temperature 1), as the trainer would compute them."""
-
-    ids: list[int]
-    text: str
-    logprobs: list[float]
+REMOTE = False  # every process has an engine of its own
+__all__ = ["Completion", "Engine", "parity"]
 
 
 class Engine:
-    """A model that writes. `path`: a CHECKPOINT folder; `state`: weights to use instead of the folder's."""
+    """A model that writes. `path`: a CHECKPOINT folder; `state`: weights to use instead of the folder's; `options`: of
+    engines that have some, this one has none."""
 
-    def __init__(self, path: Path, ctx: Context, state: dict[str, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        ctx: Context,
+        state: dict[str, torch.Tensor] | None = None,
+        options: dict[str, Any] | None = None,
+    ):
+        if options:
+            raise ConfigError(
+                f"engine_options: {', '.join(options)} given, but engine transformers has none; remove them"
+            )
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+        dtype = torch.bfloat16 if ctx.device == "cuda" else torch.float32
         if state is None:
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:
-            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
         extend(self.model).to(ctx.device).eval().requires_grad_(False)
+        # Qwen v1's options decide on the host what a rotary embedding is.
+        self.fixed_shapes = ctx.device == "cuda" and not extended(self.model.config)
+        self.slots: Slots | None = None
         if state is not None:
             self.sync_weights(state)
 
@@ -58,33 +72,66 @@ class Engine:
                 f"the rollout engine must hold the same architecture"
             )
 
+    @property
+    def threshold(self) -> float:
+        """Nats by which log-probabilities may differ from a trainer's."""
+        return THRESHOLD[self.model.dtype]
+
+    def differences(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Tensor group -> largest difference of its weights from `state`, for those that differ."""
+        return differences(self.model.state_dict(), state)
+
     @torch.inference_mode()
     def logprobs(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """Of each sequence of T tokens, float32 [T-1]: log p(token t | tokens before), t = 1..T-1, nats."""
         found = []
         for tokens in sequences:  # one by one: a probe is short, and no padding can blur it
             ids = torch.tensor([tokens], device=self.model.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
-            found.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu().numpy())
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            nats = output_logits(self.model, hidden).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            found.append(nats.cpu().numpy())
         return found
 
     def generate(
-        self, prompts: list[list[int]], *, n: int, max_new_tokens: int, temperature: float, seed: int, stop: list[int]
-    ) -> list[list[Completion]]:
+        self, prompts: list[list[int]], *, n: int, max_new_tokens: int, temperature: float, seed: int, stop: list[int],
+        share: tuple[int, int] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
         """n completions of each prompt (token ids), ending at a `stop` token or after `max_new_tokens`.
 
         temperature 0 takes the likeliest token. Each row consumes random numbers of its own, a function of `seed` and
-        its place (prompt, sample), not of how rows are batched.
+        its place (prompt, sample), not of how rows are batched. share: (first, all) where `prompts` are those from the
+        first on of `all` prompts, which others sample.
         """
-        uniform = torch.rand(len(prompts), n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        first, count = share or (0, len(prompts))
+        uniform = torch.rand(count, n, max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        uniform = uniform[first : first + len(prompts)]
+        if self.fixed_shapes:
+            rows = self._slots(prompts, n, max_new_tokens, temperature, stop)(prompts, n, uniform.flatten(0, 1))
+            return [[self._completion(*row, stop) for row in rows[i * n : i * n + n]] for i in range(len(prompts))]
         found: list[list[Completion]] = [[] for _ in prompts]
         for batch in _batches(prompts, n, self.model.device.type):
             u = uniform[batch].flatten(0, 1).to(self.model.device)
             rows = self._batch([prompts[i] for i in batch], n, u, temperature, stop)
             for row, (ids, logprobs) in enumerate(rows):
-                end = ids[:-1] if ids[-1] in stop else ids
-                found[batch[row // n]].append(Completion(ids, self.tokenizer.decode(end), logprobs))
+                found[batch[row // n]].append(self._completion(ids, logprobs, stop))
         return found
+
+    def _completion(self, ids: list[int], logprobs: list[float], stop: list[int]) -> Completion:
+        return Completion(ids, self.tokenizer.decode(ids[:-1] if ids[-1] in stop else ids), logprobs)
+
+    def _slots(self, prompts: list[list[int]], n: int, new: int, temperature: float, stop: list[int]) -> Slots:
+        """Slots for such a call: those of the call before, if they serve it."""
+        windows, capacity = self._windows(), max(map(len, prompts)) + new
+        rows = min(ROWS["cuda"], -(-len(prompts) * n // 16) * 16, max(1, LOGITS // self.model.config.vocab_size))
+        if self.model.device.type == "cuda":
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            rows = max(1, min(rows, int(MEMORY * free) // Slots.row_bytes(self.model, windows, capacity)))
+        if self.slots is None or not self.slots.fits(capacity, rows, new, temperature, stop):
+            self.slots = None  # its memory first
+            capacity = -(-capacity // 256) * 256  # so that a somewhat longer prompt needs no new graphs
+            self.slots = Slots(self.model, windows=windows, vocabulary=len(self.tokenizer), rows=rows,
+                               capacity=capacity, new=new, temperature=temperature, stop=stop)  # fmt: skip
+        return self.slots
 
     @torch.inference_mode()
     def _batch(
@@ -108,7 +155,7 @@ class Engine:
         done = torch.zeros(rows, dtype=torch.bool, device=device)
         tokens, logprobs, lengths = torch.zeros(rows, new, dtype=torch.long), torch.zeros(rows, new), [new] * rows
         for step in range(new):
-            token, logprob = self._sample(logits, uniform[live, step], temperature)
+            token, logprob = choose(logits, uniform[live, step], temperature, len(self.tokenizer))
             at = live.cpu()
             tokens[at, step], logprobs[at, step] = token.cpu(), logprob.cpu()
             ended = torch.isin(token, stops) & ~done
@@ -138,20 +185,6 @@ class Engine:
         if not getattr(self.model.config, "layer_types", None):  # such models take one mask
             masks = masks["full_attention"]
         return self.model(token, attention_mask=masks, position_ids=position, past_key_values=cache).logits[:, -1]
-
-    def _sample(self, logits, uniform, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and their log-probabilities at temperature 1, both [rows]. Padding rows of the vocabulary, for which
-        the tokenizer has no text, are never chosen."""
-        logprobs = logits.float().log_softmax(-1)
-        known = logprobs[:, : len(self.tokenizer)]
-        if temperature == 0:
-            token = known.argmax(-1)
-        else:
-            weights = (known if temperature == 1 else (known / temperature).log_softmax(-1)).exp()
-            cumulative = weights.cumsum(-1)
-            token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=known.shape[1] - 1)
-        return token, logprobs.gather(1, token[:, None])[:, 0]
 
     def _windows(self) -> list[int]:
         """Of each layer, the tokens it sees, 0 = all."""
@@ -210,35 +243,3 @@ def _batches(prompts: list[list[int]], n: int, device: str) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
-
-
-def parity(engine: Engine, trainer: Any, sequences: list[list[int]], threshold: float = PROBE_THRESHOLD) -> float:
-    """Largest difference in nats between the engine's and the trainer's log-probabilities of `sequences`.
-
-    trainer: has `logprobs(groups)` and `hf_state()`. Raises CuveeError above `threshold`, naming the tensor group whose
-    weights differ most.
-    """
-    from stages.trainer.batch import Sequence
-
-    groups = [[Sequence(np.array(s, np.int32), np.ones(len(s), np.float32))] for s in sequences]
-    gaps = [ours - theirs for ours, theirs in zip(engine.logprobs(sequences), trainer.logprobs(groups), strict=True)]
-    worst = float(np.abs(np.concatenate(gaps)).max())
-    if not worst <= threshold:  # NaN fails too
-        raise CuveeError(
-            f"rollout engine: its log-probabilities differ from the trainer's by {worst:.3g} nats (allowed {threshold:g})"
-            f" after sync_weights; {_blame(engine, trainer.hf_state())}"
-        )
-    return worst
-
-
-def _blame(engine: Engine, state: dict[str, torch.Tensor]) -> str:
-    ours = engine.model.state_dict()
-    groups: dict[str, float] = {}
-    for name, tensor in state.items():
-        group = name.removeprefix("model.").rsplit(".", 2 if ".layers." in name and "norm" not in name else 1)[0]
-        gap = float((ours[name].cpu().float() - tensor.cpu().float()).abs().nan_to_num(nan=torch.inf).max())
-        groups[group] = max(groups.get(group, 0.0), gap)
-    worst = max(groups, key=lambda g: groups[g])
-    if groups[worst] == 0:
-        return "all weights are equal, so the two forward passes disagree: check the model configuration of either side"
-    return f"the tensor group {worst} differs most (by {groups[worst]:.3g}); the weights were corrupted on the way"

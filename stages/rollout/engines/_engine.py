@@ -1,0 +1,65 @@
+"""What every engine gives, and the probe after a sync: does it compute with the trainer's weights what the trainer does?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.stage import CuveeError
+
+
+@dataclass
+class Completion:
+    """ids: the sampled tokens, the stop token included if it came. text: the same without it, special tokens shown.
+    logprobs: nats of each id under the model (temperature 1), as the trainer would compute them."""
+
+    ids: list[int]
+    text: str
+    logprobs: list[float]
+
+
+def parity(engine: Any, trainer: Any, sequences: list[list[int]], threshold: float | None = None) -> float:
+    """Largest difference in nats between the engine's and the trainer's log-probabilities of `sequences`.
+
+    trainer: has `logprobs(groups)` and `hf_state()`. threshold: by default the engine's own. Raises CuveeError above it,
+    or where a weight that the engine can show is not the trainer's, and names the tensor group that differs most.
+    """
+    from stages.trainer.batch import Sequence
+
+    threshold = engine.threshold if threshold is None else threshold
+    groups = [[Sequence(np.array(s, np.int32), np.ones(len(s), np.float32))] for s in sequences]
+    gaps = [ours - theirs for ours, theirs in zip(engine.logprobs(sequences), trainer.logprobs(groups), strict=True)]
+    worst = float(np.abs(np.concatenate(gaps)).max())
+    wrong = engine.differences(trainer.hf_state())
+    if worst <= threshold and not wrong:
+        return worst
+    said = (
+        f"rollout engine: its log-probabilities differ from the trainer's by {worst:.3g} nats (allowed {threshold:g})"
+    )
+    if not wrong:
+        raise CuveeError(
+            f"{said} after sync_weights; all weights that it shows are equal, so the two forward passes disagree: check "
+            "the model configuration of either side, and the engine's precision"
+        )
+    group = max(wrong, key=lambda name: wrong[name])
+    raise CuveeError(
+        f"{said} after sync_weights; the tensor group {group} differs most (by {wrong[group]:.3g}); the weights were "
+        "corrupted on the way"
+    )
+
+
+def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference in each tensor group (a layer's attention, its MLP, a norm, the embedding) that has one; `theirs`
+    rounded as `ours` are."""
+    groups: dict[str, float] = {}
+    for name, tensor in theirs.items():
+        mine = ours[name]
+        expected = tensor.to(mine.device, mine.dtype)
+        if not torch.equal(mine, expected):
+            group = name.removeprefix("model.").rsplit(".", 2 if ".layers." in name and "norm" not in name else 1)[0]
+            gap = float((mine.float() - expected.float()).abs().nan_to_num(nan=torch.inf).max())
+            groups[group] = max(groups.get(group, 0.0), gap)
+    return groups

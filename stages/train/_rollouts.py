@@ -1,0 +1,211 @@
+"""The stream behind train.rl: rollouts of the policy in training, sampled by all processes, on disk before they are used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from stages.rewards._common import refuse_idle
+from stages.rollout._collect import Sampler, load_prompts, read_jsonl, render_prompt, schedule, statistics, write_jsonl
+from stages.stage import Context, CuveeError, resolve
+from stages.train._groups import Grouper, epoch_slice
+from stages.trainer.batch import Sequence
+from stages.trainer.parallel import on_first
+
+HALF_THRESHOLD = 0.5  # nats between a policy trained in BF16 and an engine; logits of 30 are known to 0.1
+PROBES = 4  # prompts of a block whose log-probabilities check that engine and trainer agree after each sync
+
+
+class Rollouts:
+    """A Stream of groups sampled by the policy in training.
+
+    A block's rollouts are a function of the configuration and of the weights at one step, and lie in the scratch folder
+    before a checkpoint of that step or a later one can: whatever a run resumes from finds the very same ones, and there
+    is no buffer, generator or engine to save.
+    """
+
+    def __init__(self, config: Any, inputs: dict[str, Any], ctx: Context, module: Any):
+        self.config, self.ctx, self.init = config, ctx, inputs["init"].path
+        self.folder = ctx.scratch / "rollouts"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.reward = inputs["reward"].path if "reward" in inputs else None
+        self.engines = resolve("rollout/engines", config.engine)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.init)
+        self.prompts = self._fitting(load_prompts(inputs["prompts"], config.mix))
+        refuse_idle(list(config.reward_weights()), [p for rows in self.prompts.values() for p in rows])
+        draws = len(self.files()) * config.prompts_of_block()
+        self.drawn = schedule({d: len(rows) for d, rows in self.prompts.items()}, config.mix, draws, config.seed)
+        self.grouper = Grouper(
+            self.tokenizer, module.GROUP, config.sequence_length, min_gap=config.min_gap,
+            behaviour=module.NEEDS_BEHAVIOUR or (config.temperature == 1 and not config.with_answer),
+        )  # fmt: skip
+        self.sampler: Sampler | None = None
+        self.current, self.groups, self.version = -1, [], 0
+        self.clock = Clock()
+
+    def files(self) -> list[Path]:
+        return [self._file(i) for i in range(self.config.block(self.config.steps - 1)[0] + 1)]
+
+    def batch(self, step: int, trainer: Any) -> list:
+        number, first = self.config.block(step)
+        if number != self.current:
+            self._make(number, first, trainer)
+            self._load(number, first)
+        self._tell(step, {"rollout/staleness": step - self.version})  # optimizer steps behind the weights in training
+        if not self.groups:
+            return []
+        at = (step - first) * self.config.batch_groups
+        order = epoch_slice(len(self.groups), at, self.config.batch_groups, self.config.seed + first)
+        return [group for i in order for group in self.groups[i]]
+
+    def _load(self, number: int, first: int) -> None:
+        """The groups of each prompt of the block (none if its rewards do not tell completions apart)."""
+        rows = read_jsonl(self._file(number))
+        self.groups = [found for found in map(self.grouper, rows) if found]
+        self.current, self.version = number, rows[0]["version"]
+        if not self.groups:
+            self.ctx.log(
+                f"step {first}: none of {len(rows)} prompts tells its completions apart; nothing to learn from"
+            )
+
+    def _make(self, number: int, step: int, trainer: Any) -> None:
+        """Sample with the weights of now what there is not yet of a block and, off-policy, of the one after it."""
+        last = min(number + self.config.off_policy, len(self.files()) - 1)
+        missing = [i for i in range(number, last + 1) if not on_first(self._file(i).exists)]
+        if not missing:
+            return
+        if shares := self.clock.lap():
+            self._tell(step, shares)
+        gap = self._sync(number, trainer)
+        for block in missing:
+            self._sample(block, step, gap)
+
+    def _sync(self, number: int, trainer: Any) -> float:
+        """Bring the policy's weights to the engine and probe that both give the same log-probabilities (nats)."""
+        with self.clock.measure("syncing"):
+            probes = [render_prompt(self.tokenizer, p) for p in self._prompts_of(number)[:PROBES]]
+            groups = [[Sequence(np.array(p, np.int32), np.ones(len(p), np.float32))] for p in probes]
+            state, logprobs = trainer.hf_state(), trainer.logprobs(groups)
+            policy = SimpleNamespace(hf_state=lambda: state, logprobs=lambda _: logprobs)
+            return max(self._everywhere(lambda: self._take_over(policy, probes)))
+
+    def _take_over(self, policy: Any, probes: list[list[int]]) -> float:
+        config = self.config
+        if self.sampler is None:
+            engine = self.engines.Engine(self.init, self.ctx, policy.hf_state(), config.engine_options)
+            self.sampler = Sampler(config, engine, self.ctx, self.reward)
+        else:
+            self.sampler.engine.sync_weights(policy.hf_state())
+        engine, half = self.sampler.engine, config.precision_at(0) != "fp32"
+        return self.engines.parity(engine, policy, probes, max(engine.threshold, HALF_THRESHOLD if half else 0.0))
+
+    def _sample(self, number: int, version: int, gap: float) -> None:
+        """Write the block's rollouts; each process samples its share of the prompts."""
+        config, prompts, sampled = self.config, self._prompts_of(number), self.sampler is not None
+        before = dict(self.sampler.seconds) if sampled else {}
+        ranks = 1 if self.engines.REMOTE else dist.get_world_size()
+        ends = [len(prompts) * i // ranks for i in range(ranks + 1)]
+        rank = min(dist.get_rank(), ranks - 1)
+        seed = config.seed * 1_000_003 + number * config.rollout_every
+        mine = slice(ends[rank], ends[rank + 1])
+        parts = self._everywhere(
+            lambda: self.sampler(prompts[mine], seed, (mine.start, len(prompts))) if prompts[mine] else []
+        )
+        rows = [{"version": version, **row} for part in parts for row in part]  # optimizer steps of what sampled them
+        on_first(lambda: write_jsonl(self._file(number), rows))
+        if not sampled:
+            return
+        spent = {name: seconds - before[name] for name, seconds in self.sampler.seconds.items()}
+        for name, seconds in spent.items():
+            self.clock.spent[name] += seconds
+        found = statistics(rows, config.completions)
+        tokens = sum(len(t) for row in rows for t in row["tokens"][: config.completions])
+        speed = tokens / max(spent["generating"], 1e-9)
+        values = {f"rollout/{k}": v for k, v in found.items()}
+        self._tell(version, {**values, "rollout/parity": gap, "rollout/tokens_per_second": speed})
+        if dist.get_rank() == 0:
+            self.ctx.log(f"step {version}: {tokens} tokens of {len(prompts)} prompts in {spent['generating']:.1f} s, "
+                         f"reward {found['reward']:.3f}")  # fmt: skip
+
+    def _everywhere(self, make: Callable[[], Any]) -> list[Any]:
+        """What `make` gives on each process that samples (the first alone where the engine is a server), on all of them;
+        raises what it raised on any."""
+        if dist.get_world_size() == 1:
+            return [make()]
+        mine: tuple[Any, Exception | None] = (None, None)
+        if dist.get_rank() == 0 or not self.engines.REMOTE:
+            try:
+                mine = (make(), None)
+            except Exception as error:  # the others must not wait for what will not come
+                plain = error if isinstance(error, CuveeError) else RuntimeError(f"rank {dist.get_rank()}: {error!r}")
+                mine = (None, plain)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        for _, error in parts:
+            if error is not None:
+                raise error
+        return [value for value, _ in parts if value is not None]
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        if dist.get_rank() == 0:
+            self.ctx.metrics(step, **values)
+
+    def _prompts_of(self, number: int) -> list[dict]:
+        count = self.config.prompts_of_block()
+        return [self.prompts[domain][i] for domain, i in self.drawn[number * count :][:count]]
+
+    def _fitting(self, prompts: dict[str, list[dict]]) -> dict[str, list[dict]]:
+        longest = self.config.sequence_length - self.config.max_new_tokens
+        fits = lambda p: len(render_prompt(self.tokenizer, p)) <= longest  # noqa: E731
+        found = {domain: [p for p in rows if fits(p)] for domain, rows in prompts.items()}
+        for domain, rows in found.items():
+            if not rows:
+                raise CuveeError(
+                    f"sequence_length: no prompt of {domain} is within {longest} tokens (sequence_length - "
+                    f"max_new_tokens); raise it or leave the domain out of mix"
+                )
+            if len(rows) < len(prompts[domain]):
+                self.ctx.log(
+                    f"{domain}: {len(prompts[domain]) - len(rows)} prompts are longer than {longest} tokens; left out"
+                )
+        return found
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"block-{number:06d}.jsonl"
+
+
+class Clock:
+    """Where the time of this process goes: shares of what is measured, and of training, which is all the rest."""
+
+    def __init__(self) -> None:
+        self.spent = {"syncing": 0.0, "generating": 0.0, "rewarding": 0.0}  # seconds
+        self.began = self.last = None
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.spent[name] += time.monotonic() - began
+
+    def lap(self) -> dict[str, float]:
+        """Shares since the last lap; none at the first, which starts the clock."""
+        found = self._shares(*self.last) if self.last else {}
+        self.last = (time.monotonic(), dict(self.spent))
+        self.began = self.began or self.last
+        return found
+
+    def total(self) -> dict[str, float]:
+        return self._shares(*self.began) if self.began else {}
+
+    def _shares(self, since: float, spent: dict[str, float]) -> dict[str, float]:
+        seconds = max(time.monotonic() - since, 1e-9)
+        found = {f"share/{name}": (value - spent[name]) / seconds for name, value in self.spent.items()}
+        return found | {"share/training": 1 - sum(found.values())}
