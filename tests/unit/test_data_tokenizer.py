@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stages.chat.template import END_OF_TURN, SPECIAL_TOKENS, TEMPLATE
-from stages.data import curate, tokenizer, tokens
+from stages.data import corpus, curate, tokenizer, tokens
 from stages.data.indexed import IndexedTokens
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Kind, parse
 
@@ -85,7 +85,7 @@ def test_same_bytes_twice(made, tmp_path):
 
 
 def test_prompts_are_seen(made, tmp_path):
-    assert "zyxwvut" in "".join(tokenizer._groups(made["corpus"], made["prompts"])["instructions", "math"])
+    assert sum("zyxwvut" in text for group, text in tokenizer._texts(made["corpus"], made["prompts"]) if group == ("instructions", "math")) == 20
     with_prompts = len(load(made)("zyxwvut", add_special_tokens=False).input_ids)
     tokenizer.run(CONFIG, {"corpus": made["corpus"]}, tmp_path, Context(tmp_path))
     without = len(load({"tokenizer": artifact(tmp_path, Kind.TOKENIZER)})("zyxwvut", add_special_tokens=False).input_ids)
@@ -93,9 +93,15 @@ def test_prompts_are_seen(made, tmp_path):
 
 
 def test_fertility(made):
-    rows = json.loads((made["tokenizer"].path / "fertility.json").read_text())
-    assert {"code", "names", "prose"} == {row["domain"] for row in rows}
-    assert all(row["bytes_per_token"] == pytest.approx(row["bytes"] / row["tokens"], abs=1e-3) for row in rows)
+    found = json.loads((made["tokenizer"].path / "fertility.json").read_text())
+    assert {"code", "names", "prose"} == {row["domain"] for row in found["by_domain"]}
+    assert len({row["language"] for row in found["by_language"]}) >= 5 and len(found["by_language"]) < len(found["by_domain"])
+    assert all(row["bytes_per_token"] == pytest.approx(row["bytes"] / row["tokens"], abs=1e-3) for rows in (found["by_domain"], found["by_language"]) for row in rows)
+    whole = found["round_trip"]
+    held = [document["text"] for document in corpus.documents(made["corpus"].path, "heldout")]
+    assert whole["documents"] == len(held) and whole["bytes"] == sum(len(text.encode()) for text in held)
+    for rows in (found["by_domain"], found["by_language"]):
+        assert sum(row["tokens"] for row in rows) == whole["tokens"]
 
 
 def test_a_lossy_tokenizer_is_refused(made):
@@ -108,13 +114,50 @@ def test_a_lossy_tokenizer_is_refused(made):
 
 
 def test_balance():
-    groups = {("code", ""): ["c" * 100] * 900, ("names", "de"): ["d" * 100] * 10, ("prose", "en"): ["p" * 100] * 90}
-    count = {letter: sum(text[0] == letter for text in tokenizer.balanced(groups, 30_000, 0.5, 0)) for letter in "cdp"}
-    assert count["d"] == 10 and 290 <= count["c"] + count["p"] <= 292  # the small group whole, the rest 30 : 9.5
-    assert count["p"] == pytest.approx(290 * 90**0.5 / (90**0.5 + 30), abs=2)
-    assert len(tokenizer.balanced(groups, 10**9, 0.5, 0)) == 1000
-    proportional = tokenizer.balanced(groups, 10_000, 1.0, 0)
-    assert sum(text[0] == "c" for text in proportional) == 90 and len(proportional) == 100
+    texts = [(group, f"{i:04d}".ljust(100, group[0][0])) for group, count in
+             {("code", ""): 900, ("names", "de"): 10, ("prose", "en"): 90}.items() for i in range(count)]  # fmt: skip
+
+    def sampled(budget, power, seed=0):
+        sizes = {group: 100 * sum(one == group for one, _ in texts) for group, _ in texts}
+        return list(tokenizer.sample(texts, tokenizer.fractions(sizes, budget, power), seed))
+
+    taken = tokenizer.fractions({("code", ""): 90_000, ("names", "de"): 1000, ("prose", "en"): 9000}, 30_000, 0.5)
+    assert taken["names", "de"] == 1  # the small group whole, the rest 30 : 9.5, of which prose has less
+    assert taken["prose", "en"] * 9000 == pytest.approx(29_000 * 90**0.5 / (90**0.5 + 30))
+    assert sum(taken[group] * size for group, size in {("code", ""): 90_000, ("names", "de"): 1000, ("prose", "en"): 9000}.items()) == pytest.approx(30_000)
+    found = sampled(30_000, 0.5)
+    assert sum(text.endswith("n") for text in found) == 10 and 240 < len(found) < 360
+    assert len(sampled(10**9, 0.5)) == 1000 and 60 < len(sampled(10_000, 1.0)) < 140
+    assert found == [text for text in (text for _, text in texts) if text in set(found)] and found != sampled(30_000, 0.5, seed=1)
+
+
+def test_the_corpus_is_streamed(made, tmp_path, monkeypatch):
+    """Texts are let go of as soon as they are read: no more than a few are alive at once."""
+    import weakref
+
+    class Text(str):
+        pass
+
+    alive, most = weakref.WeakSet(), 0
+    read = corpus.documents
+
+    def documents(path, split):
+        nonlocal most
+        for document in read(path, split):
+            text = Text(document["text"])
+            alive.add(text)
+            most = max(most, len(alive))
+            yield document | {"text": text}
+
+    monkeypatch.setattr(corpus, "documents", documents)
+    inputs = {"corpus": made["corpus"]}
+    sizes = {}
+    for group, text in tokenizer._texts(made["corpus"], {}):
+        sizes[group] = sizes.get(group, 0) + len(text)
+    assert most <= 3
+    most = 0
+    tokenizer.run(CONFIG, inputs, tmp_path, Context(tmp_path))
+    assert most <= 1100  # what the library reads ahead, and the 256 held-out documents checked at once
 
 
 @pytest.mark.parametrize("values, sentence", [
@@ -132,8 +175,6 @@ def test_refused_configurations(values, sentence):
 
 def test_token_files(made, tmp_path):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    from stages.data import corpus
 
     metrics = tokens.run(tokens.Config(prompts_repeat=3), made, tmp_path, Context(tmp_path))
     table = json.loads((tmp_path / "tokens.json").read_text())
@@ -215,7 +256,6 @@ def test_remembered_words_have_the_ids_of_the_whole_text(made):
 
     from tokenizers import Tokenizer
 
-    from stages.data import corpus
     from stages.data.encoder import Encoder
 
     file = made["tokenizer"].path / "tokenizer.json"
