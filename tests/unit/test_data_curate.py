@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import time
@@ -117,7 +118,7 @@ def test_same_bytes_twice_and_wherever_the_folder_lies(folder, tmp_path):
     other.rename(folder)
     second, _ = run(tmp_path, sources=[str(folder)], source_bytes=20_000, seed=3)
     files = sorted(path.name for path in first.iterdir())
-    assert files == ["heldout-00000.parquet", "removed-00000.parquet", "table.json", "train-00000.parquet"]
+    assert files == ["decontaminated.json", "heldout-00000.parquet", "removed-00000.parquet", "table.json", "train-00000.parquet"]
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
     assert curate.external(curate.Config(sources=[str(folder)], source_bytes=20_000, seed=3)) == identity
     assert "sources" not in __import__("stages.stage", fromlist=["x"]).identity(curate.Config())
@@ -140,6 +141,7 @@ def test_identity_follows_content_and_what_is_taken(folder):
     def digest(**values):
         return curate.external(curate.Config(sources=[str(folder)], **values))["sources"][0]["sha256"]
 
+    assert curate.external(curate.Config(sources=[str(folder)]))["libraries"].keys() == {"fastwarc", "ftfy", "py3langid", "pypdf", "resiliparse"}
     before, limited = digest(), {seed: digest(source_documents=3, seed=seed) for seed in (0, 1)}
     assert limited[0] != limited[1] != before
     path = folder / "note1.txt"
@@ -170,6 +172,10 @@ def test_benchmarks_are_kept_out(folder, tmp_path):
         out, _ = run(tmp_path, sources=[str(folder)], benchmarks=[str(tmp_path / "bench.jsonl")], blocks=blocks)
         removed = ids(out, "removed")
         assert removed["docs/note5.txt"]["block"] in blocks and "bench.jsonl#1" in removed["docs/note5.txt"]["reason"]
+        told = json.loads((out / "decontaminated.json").read_text())
+        digest = hashlib.sha256((tmp_path / "bench.jsonl").read_bytes()).hexdigest()
+        assert told["suites"] == [{"label": "bench.jsonl", "file": "bench.jsonl", "digest": digest}]
+        assert (told["ngrams"] is None, told["minhash"] is None) == ("split" == blocks[-1], "split" == blocks[0]) and told["heldout"] == (blocks[0] == "split")
         assert not any(name.startswith("bench") for split in ("train", "heldout", "removed") for name in ids(out, split))
 
 
