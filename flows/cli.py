@@ -42,25 +42,41 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, function, help)
         sub.add_argument("overrides", nargs="*", help=OVERRIDES)
         sub.add_argument("--until", default="", help="stop at these stages (comma separated), e.g. sft-soup")
+    sub = command("submit", submit, "the same run on a Kubernetes cluster; Ctrl-C leaves it, the same command finds it again")
+    sub.add_argument("overrides", nargs="*", help=f"cluster=kubernetes and {OVERRIDES}")
+    sub.add_argument("--until", default="", help="stop at these stages (comma separated), e.g. sft-soup")
+    sub.add_argument("--detach", action="store_true", help="don't follow the run's log")
+    sub.add_argument("--cancel", action="store_true", help="end the run, and return when none of its pods is left")
     subs = {
         "why": command("why", why, "what made an artifact: the tree of its inputs"),
         "diff": command("diff", diff, "which fields made two artifacts differ"),
         "verify": command("verify", verify, "re-hash an artifact and all its ancestors"),
         "chat": command("chat", chat, "talk to a model in the terminal"),
         "serve": command("serve", serve, "an OpenAI-compatible endpoint on loopback"),
+        "preview": command("preview", preview, "what SFT would learn of a file of conversations: [[trained]] text, refused lines"),
     }
     for name, sub in subs.items():
         sub.add_argument("artifact", help="an alias (polished, sft-soup, ...) or the beginning of an address")
         if name == "diff":
             sub.add_argument("other", help="the artifact to compare with")
+        if name == "preview":
+            sub.add_argument("file", help="a JSONL or Parquet file of conversations, or a folder of them")
         sub.add_argument("overrides", nargs="*", help="overrides that choose the store, e.g. store=s3 store.uri=s3://b/p")
     sub = subs["chat"]
     sub.add_argument("--system", default="", help="a system message (preamble)")
     sub.add_argument("--temperature", type=float, default=0.0)
     subs["serve"].add_argument("--port", type=int, default=8000)
+    subs["serve"].add_argument("--rollouts", action="store_true", help="also be an engine for RL, which sets its weights")
+    subs["preview"].add_argument("--count", type=int, default=3, help="lines shown")
+    subs["preview"].add_argument("--turns", choices=("all", "last"), default="all", help="assistant turns that are learned")
     sub = command("up", up, "Prefect server, worker and MLflow on this machine; deployments registered")
     sub.add_argument("--prefect-port", type=int, default=4200)
     sub.add_argument("--mlflow-port", type=int, default=5000)
+    sub = command("clean", clean, "remove from the store what was never published; published artifacts are never touched")
+    sub.add_argument("overrides", nargs="*", help="overrides that choose the store, e.g. store=s3 store.uri=s3://b/p")
+    sub.add_argument("--days", type=float, default=7.0, help="how old it must be")
+    sub = command("worker", worker, "register the deployments with the server at PREFECT_API_URL and run what they start")
+    sub.add_argument("overrides", nargs="*", help="defaults of the deployments, e.g. cluster=kubernetes store=s3 store.uri=s3://b/p")
     return parser
 
 
@@ -86,9 +102,20 @@ def run(args: argparse.Namespace) -> int:
         for node in nodes:
             store.set_alias(node.name, node.fingerprint)
         print(f"cuvee: all {len(nodes)} stages are made already; nothing to do")
+        _tell_mlflow()
     for line in closing(store, graph, nodes, time.monotonic() - started):
         print(line)
     return 0
+
+
+def _tell_mlflow() -> None:
+    """What earlier runs could not tell it, if there is anything."""
+    from flows.config import state_dir
+
+    if any((state_dir() / "tracking").glob("*.jsonl")):
+        from flows.tracking import try_left
+
+        try_left()
 
 
 def _run_flow(args: argparse.Namespace, graph: Any, nodes: list[Any]) -> None:
@@ -103,12 +130,19 @@ def _run_flow(args: argparse.Namespace, graph: Any, nodes: list[Any]) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    from flows.plan import table
+    from flows.plan import dry_run, table
 
     graph, nodes, store = _graph(args)
-    for line in table(store, graph, nodes):
-        print(line)
+    for lines in (table(store, graph, nodes), dry_run(graph, nodes)):
+        for line in lines:
+            print(line)
     return 0
+
+
+def submit(args: argparse.Namespace) -> int:
+    from flows.submit import submit
+
+    return submit(args.overrides, args.until, follow=not args.detach, cancel=args.cancel)
 
 
 def _store(args: argparse.Namespace) -> Any:
@@ -176,13 +210,49 @@ def serve(args: argparse.Namespace) -> int:
     folder = _model_folder(args)
     from flows.serve import serve
 
-    return serve(folder, name=args.artifact, port=args.port) or 0
+    return serve(folder, name=args.artifact, port=args.port, rollouts=args.rollouts) or 0
+
+
+def preview(args: argparse.Namespace) -> int:
+    from itertools import islice
+
+    from flows.lineage import find
+
+    store = _store(args)
+    record = find(store, args.artifact)
+    folder = store.fetch(record["fingerprint"])
+    if not (folder / "tokenizer.json").exists():
+        raise CuveeError(f"{args.artifact!r} is a {record['kind']} without a tokenizer; name the tokenizer or a model")
+    from transformers import AutoTokenizer
+
+    from stages.data.conversations import previews
+
+    for text in islice(previews(AutoTokenizer.from_pretrained(folder), [args.file], args.turns), args.count):
+        print(text)
+    return 0
 
 
 def up(args: argparse.Namespace) -> int:
     from flows.up import up
 
     return up(args.prefect_port, args.mlflow_port)
+
+
+def clean(args: argparse.Namespace) -> int:
+    from stages.store.retention import clean
+
+    if args.days < 1:
+        raise CuveeError(f"--days {args.days:g}: what is younger than a day may be on its way; give at least 1")
+    removed = [print(line) for line in clean(_store(args), args.days)]
+    print(f"cuvee: {len(removed)} things removed")
+    return 0
+
+
+def worker(args: argparse.Namespace) -> int:
+    from flows.up import worker
+
+    worker(args.overrides)
+    return 0
 
 
 if __name__ == "__main__":

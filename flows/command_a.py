@@ -48,7 +48,8 @@ def recipe(step, conf) -> None:
               **{f"sft-{e}": m for e, m in sft.items()}, "sft-soup": sft_soup,
               **{f"rl-{e}": m for e, m in rl.items()}, **rounds}
     scores = {name: step(f"scores-{name}", "evaluation.evaluate", conf.evaluate,
-                         model=model, prompts=prompts, tokens=tokens, reward=reward) for name, model in models.items()}
+                         model=model, prompts=prompts, tokens=tokens, reward=reward, corpus=corpus)
+              for name, model in models.items()}
     if conf.judged.teachers:
         step("judged", "teacher.compare", conf.judged, models={m: scores[m] for m in rounds}, baseline=scores["instruct"], prompts=prompts)
     export = step("export", "export.huggingface", conf.export, model=models["polished"])

@@ -46,6 +46,7 @@ class Kind(StrEnum):
     CHECKPOINT = "checkpoint"
     REWARD_MODEL = "reward_model"
     SCORES = "scores"
+    VERDICTS = "verdicts"
     EXPORT = "export"
     REPORT = "report"
 

@@ -23,7 +23,9 @@ LONGEST = 32 << 20  # bytes of a line
 
 @dataclass
 class Config:
-    sources: list[str] = placement([], "JSONL and Parquet files (also gz, bz2, xz, zst), folders of them, s3:// prefixes")
+    sources: list[str] = placement(
+        [], "JSONL and Parquet files (also gz, bz2, xz, zst), folders of them, s3:// prefixes"
+    )
     max_rejected: float = option(0.5, "largest share of refused lines; with more, the files are taken for wrong ones")
 
 
@@ -47,7 +49,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
 
     tokenizer = AutoTokenizer.from_pretrained(inputs["tokenizer"].path)
     report = Report()
-    with open(out / "train.jsonl", "w", encoding="utf-8") as kept, open(out / "rejected.jsonl", "w", encoding="utf-8") as no:
+    with (
+        open(out / "train.jsonl", "w", encoding="utf-8") as kept,
+        open(out / "rejected.jsonl", "w", encoding="utf-8") as no,
+    ):
         for entry in _entries(config):
             for number, record in _records(entry):
                 row = report.take(tokenizer, entry.name, number, record)
@@ -56,7 +61,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     (out / "report.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     total = found["conversations"] + found["rejected"]
     if not found["conversations"] or found["rejected"] > config.max_rejected * total:
-        reason, told = next(iter(found["reasons"].items()), ("the files are empty", {"first": [{"file": "", "line": 0}]}))
+        reason, told = next(
+            iter(found["reasons"].items()), ("the files are empty", {"first": [{"file": "", "line": 0}]})
+        )
         first = told["first"][0]
         raise CuveeError(f"data.conversations: {found['rejected']} of {total} lines are refused, most often: {reason} (first "
                          f"{first['file']}:{first['line']}); mend the files or raise max_rejected {config.max_rejected}")  # fmt: skip
@@ -123,6 +130,21 @@ class Report:
         }  # fmt: skip
 
 
+def previews(tokenizer: Any, sources: list[str], turns: str) -> Iterator[str]:
+    """Line by line what would be trained on, its text in [[ ]], or why the line is refused."""
+    from stages.chat.render import preview, render_row
+
+    report = Report()
+    for entry in _entries(Config(sources=sources)):
+        for number, record in _records(entry):
+            row = report.take(tokenizer, entry.name, number, record)
+            if "messages" not in row:
+                yield f"{entry.name}:{number} is refused: {row['reason']} ({row['found']})"
+                continue
+            rendered = render_row(tokenizer, row, turns=turns)
+            yield f"{row['id']}: {len(rendered.ids)} tokens, {sum(rendered.mask)} of them trained\n{preview(tokenizer, rendered)}\n"
+
+
 def advice(conversations: int) -> dict[str, Any]:
     """Batch and learning rate by the size of a data set of `conversations`, Amazon Bedrock's for fine-tuning Claude 3 Haiku:
     from 1000 rows on batches of 32 to 64, from 500 on 16 to 32, else 4 to 16; the middle of each. Its multiplier of the
@@ -140,7 +162,9 @@ def _entries(config: Config) -> list[Any]:
     for source in config.sources:
         far = source.startswith("s3://")
         if not far and not Path(source).expanduser().exists():
-            raise CuveeError(f"data.conversations.sources: {source} does not exist; name a JSONL or Parquet file, or a folder")
+            raise CuveeError(
+                f"data.conversations.sources: {source} does not exist; name a JSONL or Parquet file, or a folder"
+            )
         entries = [entry for entry in (_s3 if far else _files).entries(source) if entry.kind in KINDS]
         if not entries:
             raise CuveeError(f"data.conversations.sources: {source} holds no file of {', '.join(KINDS)}")
@@ -168,7 +192,9 @@ def _records(entry: Any) -> Iterator[tuple[int, Any]]:
             while line := file.readline(LONGEST):
                 number += 1
                 if len(line) == LONGEST:
-                    raise CuveeError(f"data.conversations: {entry.name}:{number} is longer than {LONGEST} bytes; split it")
+                    raise CuveeError(
+                        f"data.conversations: {entry.name}:{number} is longer than {LONGEST} bytes; split it"
+                    )
                 if line.strip():
                     yield number, _parsed(line)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:

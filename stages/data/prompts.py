@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.chat.render import VARIABLES
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, parse, resolve
 
 VERSION = "1"
 INPUTS = {"corpus": Input(Kind.CORPUS, optional=True)}
 OUTPUT = Kind.PROMPTS
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass
@@ -41,7 +42,8 @@ def check(config: Config, inputs: Any) -> None:
 def external(config: Config) -> dict[str, str]:
     """Name and SHA-256 of each of the user's files. Raises CuveeError for a file that can't be read."""
     found = {}
-    for name in [*config.files, *config.heldout_files]:
+    task = _task(config)
+    for name in [*config.files, *config.heldout_files, *(task.files(_options(config)) if hasattr(task, "files") else [])]:
         try:
             found[name] = hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
         except OSError as error:
@@ -91,7 +93,8 @@ def _options(config: Config) -> Any:
 
 
 def _key(prompt: dict) -> str:
-    return "\n".join(f"{m['role']}: {m['content']}" for m in prompt["messages"])
+    said = "\n".join(f"{m['role']}: {m.get('content')}" for m in prompt["messages"])
+    return said + json.dumps(prompt["documents"]) if "documents" in prompt else said
 
 
 def _generated(task: Any, config: Config, split: str, count: int, documents: list[dict], taken: set[str]) -> list[dict]:
@@ -157,13 +160,14 @@ def _read(task: Any, line: str) -> tuple[dict | None, str]:
     if not isinstance(messages, list) or not messages:
         return None, "messages: expected a list of at least one message"
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+        text = isinstance(message, dict) and isinstance(message.get("content"), str | list)
+        if not isinstance(message, dict) or message.get("role") not in ROLES or not (text or message.get("tool_calls")):
             return None, f"messages: expected a role of {', '.join(ROLES)} and a text content, found {message}"
-    if messages[-1]["role"] != "user":
-        return None, f"messages: the last one must be the user's, found {messages[-1]['role']}"
+    if messages[-1]["role"] not in ("user", "tool"):
+        return None, f"messages: the last one must be the user's or a tool's, found {messages[-1]['role']}"
     if not isinstance(value.get("answer"), str) or not value["answer"].strip():
         return None, "answer: expected the reference completion as a text"
-    prompt = {k: value[k] for k in ("messages", "answer", "check", "length") if k in value}
+    prompt = {k: value[k] for k in ("messages", "answer", "check", "length", "reply", *VARIABLES) if k in value}
     try:
         score = task.verify(prompt, prompt["answer"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -123,7 +123,7 @@ class Grouper:
     def __call__(self, row: dict[str, Any]) -> list[Group]:
         """The groups of one row; empty where its rewards do not differ enough or a sequence is too long."""
         prompt = render_prompt(self.tokenizer, row)
-        completions = row.get("tokens") or [answer_ids(self.tokenizer, row["messages"], c) for c in row["completions"]]
+        completions = row.get("tokens") or [answer_ids(self.tokenizer, row, c) for c in row["completions"]]
         build = {
             "single": self._single,
             "pair": self._pairs,
@@ -176,7 +176,7 @@ class Grouper:
             sides = {1.0: w, 0.0: low}
             prompts = {-1.0: prompt}
             for draft, i in sides.items():
-                asked = {"messages": revise(row["messages"], row["completions"][i])}
+                asked = {**row, "messages": revise(row["messages"], row["completions"][i])}
                 prompts[draft] = render_prompt(self.tokenizer, asked)
             groups.append([
                 make_sequence(prompts[draft], completions[i], chosen=chosen, draft=draft, reward=row["rewards"][i],

@@ -344,3 +344,19 @@ def test_preview_and_response(tokenizer, tmp_path):
     assert response(f"plain {END_OF_TURN} and more") == "plain"
     assert response("plain <|im_end|>\n<|im_start|>user") == "plain"
     assert preview(compact, render(compact, [user("q"), assistant("月曜日")])).endswith(f"[[月曜日{END_OF_TURN}]]"), "bytes of several tokens"
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATE))
+def test_a_trained_tokenizer_has_the_tokens_of_its_template(name, tmp_path):
+    """As the stage data.tokenizer saves it: documents begin with BOS, chats end with the end of the turn."""
+    from stages.data import tokenizer as stage
+
+    stage.save(stage.train(TEXTS, 600, 2, special(name)), name, tmp_path)
+    found, own = AutoTokenizer.from_pretrained(tmp_path), special(name)
+    assert found("x")["input_ids"][0] == found.bos_token_id and found.eos_token == own.end_of_turn
+    assert [found.convert_tokens_to_ids(token) for token in own.tokens] == list(range(len(own.tokens)))
+    rendered = render(found, [user("Hello"), assistant("What is 3 + 4?")])
+    assert rendered.ids[0] == found.bos_token_id and found.decode(rendered.ids).count(own.bos) == 1
+    assert [i for i, m in zip(rendered.ids, rendered.mask, strict=True) if m][-1] == found.eos_token_id
+    identity = {n: stage.external(stage.Config(template=n))["template"] for n in TEMPLATE}
+    assert len(set(identity.values())) == len(TEMPLATE)

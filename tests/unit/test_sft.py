@@ -13,7 +13,7 @@ from tiny import jsonl, tokenizer
 from transformers import AutoTokenizer
 
 from stages.chat.messages import Refused, conversation
-from stages.data.conversations import advice
+from stages.data.conversations import advice, previews
 from stages.stage import ConfigError, CuveeError, Kind, load, parse
 from stages.train import sft
 
@@ -103,6 +103,15 @@ def test_every_line_is_kept_or_refused_with_its_reason(tmp_path, words):
     variables = ({k: v for k, v in row.items() if k not in ("id", "messages")} for row in rows)
     lengths = [len(own.apply_chat_template(row["messages"], return_dict=False, **v)) for row, v in zip(rows, variables, strict=True)]
     assert metrics["tokens"] == sum(lengths) and metrics["longest"] == max(lengths) and 0 < metrics["trained_tokens"] < sum(lengths)
+
+
+def test_preview_shows_what_is_trained_and_what_is_refused(tmp_path, words):
+    rows = [{"messages": [user("q"), assistant("one"), user("r"), assistant("two")]}, {"messages": [user("q")]}]
+    (tmp_path / "chats.jsonl").write_bytes(b"\n".join(map(line, rows)))
+    own = AutoTokenizer.from_pretrained(words.path)
+    good, bad = previews(own, [str(tmp_path / "chats.jsonl")], "last")
+    assert good.startswith("chats.jsonl:1: 21 tokens, 4 of them trained\n") and good.count("[[") == 1 and "[[two<|END_OF_TURN_TOKEN|>]]" in good
+    assert bad.startswith("chats.jsonl:2 is refused: messages: the last one must be the assistant's")
 
 
 def test_parquet_folders_compression_and_identity(tmp_path, words):

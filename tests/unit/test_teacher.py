@@ -306,9 +306,9 @@ def test_win_rates_of_a_judge_are_an_artifact(tmp_path, pool):
     jsonl(tmp_path / "other" / "samples.jsonl", [{"id": "p0", "completion": "0"}])
     with pytest.raises(CuveeError, match="better and the baseline answered 5 prompts apart"):
         compare.run(config, inputs, out, context(tmp_path / "scratch"))
-    for values, reason in (({}, "teachers: is empty"), ({**values, "judge": "k"}, "judge: 'k' is not known")):
+    for changed, reason in (({}, "teachers: is empty"), ({**values, "judge": "k"}, "judge: 'k' is not known")):
         with pytest.raises(ConfigError, match=reason):
-            compare.check(parse(compare.Config, values, ""), inputs)
+            compare.check(parse(compare.Config, changed, ""), inputs)
 
 
 def test_pools_dry_run_cache_and_refusals(tmp_path, pool):
