@@ -18,6 +18,7 @@ Its own options are its `Config`, here under `options.<block>`; a `check(config)
 import dataclasses
 import json
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,21 @@ from stages.data.shard import EXAMPLES
 from stages.data.source import Source, find
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, names, option, placement, resolve
 
-VERSION = "2"
-INPUTS: dict[str, Input] = {}
+VERSION = "3"
+INPUTS = {"labels": Input(Kind.CORPUS, optional=True)}  # of data.judge, for the classifier
 OUTPUT = Kind.CORPUS
 BLOCKS = ["encoding", "html", "language", "quality", "exact", "minhash", "split", "decontaminate"]
 ORDER = [  # (first, then, why)
+    ("exact", "substring", "and would take whole documents to pieces"),
+    ("minhash", "substring", "and would take whole documents to pieces"),
+    ("imports", "split", "after which the files of a repository may be on both sides"),
+    ("execute", "imports", "which makes one document of many files"),
+    ("substring", "split", "after which the first of a passage may be on the other side"),
     ("split", "decontaminate", "which decides what is protected"),
     ("exact", "lines", "and would take every line of a page that is there ten times"),
     ("minhash", "lines", "and would take every line of a page that is there ten times"),
     ("classifier", "split", "after which the classifier finds no document to sample"),
+    ("safety", "split", "after which it finds no document to sample"),
 ]
 
 _CONFIGS = {name: getattr(resolve("data/blocks", name), "Config", None) for name in names("data/blocks")}
@@ -47,7 +54,7 @@ BlockOptions = dataclasses.make_dataclass(
 
 @dataclasses.dataclass
 class Config:
-    sources: list[str] = placement(["stdlib", "cldr"], "files, folders, s3:// prefixes, stdlib, cldr; the first wins")
+    sources: list[str] = placement(["stdlib", "cldr"], "files, folders, s3:// and hf:// prefixes, stdlib, cldr; the first wins")
     existing: list[str] = placement([], "corpora made before; exact, minhash and url don't take again what they hold")
     benchmarks: list[str] = placement([], "sources that training documents must not overlap with")
     source_bytes: int = option(0, "largest amount taken of a source, in bytes; 0 = all")
@@ -77,6 +84,10 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     for name in blocks:
         if hasattr(module := resolve("data/blocks", name), "check"):
             module.check(getattr(config.options, name))
+    learns = config.options.classifier
+    if "classifier" in blocks and not (learns.good or learns.labels or "labels" in inputs):
+        raise ConfigError("options.classifier.good: is empty, and so is labels; name files with documents as they should be, or leave "
+                          "out the block")
 
 
 def external(config: Config) -> dict[str, Any]:
@@ -90,11 +101,23 @@ def external(config: Config) -> dict[str, Any]:
     for name in config.blocks:
         if hasattr(module := resolve("data/blocks", name), "external"):
             found[name] = module.external(getattr(config.options, name))
-    return found
+    return found | {"libraries": _libraries(config.blocks)}
+
+
+def _libraries(blocks: list[str]) -> dict[str, str]:
+    """Versions of the libraries whose releases decide what the blocks and the formats make of a text."""
+    modules = [resolve("data/blocks", name) for name in blocks]
+    modules += [resolve("data/formats", name) for name in names("data/formats")]
+    return {name: version(name) for name in sorted({name for module in modules for name in getattr(module, "LIBRARIES", ())})}
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) -> dict[str, float]:
-    """Writes train-, heldout-, removed-*.parquet and table.json. Raises CuveeError when nothing is left to train on."""
+    """Writes train-, heldout-, removed-*.parquet, table.json and decontaminated.json.
+
+    Raises CuveeError when nothing is left to train on.
+    """
+    if "labels" in inputs:
+        config.options.classifier.labels = [str(inputs["labels"].path)]
     shards = [shard for source in _existing(config) for shard in source.shards("existing")]
     shards += [shard for source in _sources(config.sources, config) for shard in source.shards("")]
     shards += [shard for source in _sources(config.benchmarks, config) for shard in source.shards("benchmark")]
@@ -115,10 +138,25 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
                          "files (or records) to data.sources, or set data.options.split.heldout=0")
     engine.publish(plan, out)
     (out / "table.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    metrics: dict[str, float] = {"documents_removed": sum(step["removed"] for step in table["blocks"])}
+    against = _decontaminated(config)
+    (out / "decontaminated.json").write_text(json.dumps(against, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    metrics: dict[str, float] = {"decontaminated_suites": len(against["suites"]), "documents_removed": sum(step["removed"] for step in table["blocks"])}
     for split, (documents, volume) in total.items():
         metrics |= {f"documents_{split}": documents, f"bytes_{split}": volume}
     return metrics
+
+
+def _decontaminated(config: Config) -> dict[str, Any]:
+    """Against what the training split was decontaminated, for an evaluation to look its suite up in.
+
+    suites: label, file and digest (SHA-256 of its bytes; of a bucket, the ETag) of every benchmark's file. ngrams, minhash:
+    the options of the blocks that compared with them, None where a block did not run. heldout: whether the n-grams of the
+    held-out split were kept out as well.
+    """
+    ran = {name: dataclasses.asdict(getattr(config.options, name)) for name in ("decontaminate", "minhash") if name in config.blocks}
+    suites = [{"label": source.label, "file": entry.name, "digest": entry.digest()}
+              for source in _sources(config.benchmarks, config) for entry in source.entries]  # fmt: skip
+    return {"suites": suites if ran else [], "ngrams": ran.get("decontaminate"), "minhash": ran.get("minhash"), "heldout": "decontaminate" in ran}
 
 
 def _sources(chosen: list[str], config: Config) -> list[Source]:

@@ -1,4 +1,4 @@
-"""Sources of raw documents: a built-in name, a file or folder, or an s3:// prefix; sampled, limited and identified.
+"""Sources of raw documents: a built-in name, a file or folder, or an s3:// or hf:// prefix; sampled, limited and identified.
 
 A built-in source is a file of stages/data/sources with `entries(source) -> list[Entry]` (files with sizes and
 digests) and `documents(entries) -> Iterator[Document]`.
@@ -46,7 +46,7 @@ class Source:
         A limit counts over the whole source, and a built-in source is small: either is one shard.
         """
         name = self.module.__name__
-        if self.max_bytes or self.max_documents or not name.endswith(("._files", "._s3", "._git")):
+        if self.max_bytes or self.max_documents or not name.endswith(("._files", "._s3", "._hf", "._git")):
             return [Shard(self.label, name, self.entries, split, self.max_bytes, self.max_documents)]
         groups: list[list[Entry]] = [[]]
         room = SHARD
@@ -124,8 +124,8 @@ def _module(source: str) -> tuple[ModuleType, str]:
     """How to read a source, and the name it has in the corpus."""
     if source in names("data/sources"):
         return resolve("data/sources", source), source
-    if source.startswith("s3://"):
-        return import_module("stages.data.sources._s3"), source.rstrip("/").rsplit("/", 1)[-1]
+    if source.startswith(("s3://", "hf://")):
+        return import_module(f"stages.data.sources._{source[:2]}"), source.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
     path = Path(source).expanduser()
     try:
         exists = path.exists()
@@ -133,7 +133,7 @@ def _module(source: str) -> tuple[ModuleType, str]:
         raise unreadable(path, error) from None
     if not exists:
         known = unknown(source, names("data/sources"))
-        raise ConfigError(f"data.sources: {known}, an existing file or folder, or an s3:// prefix")
+        raise ConfigError(f"data.sources: {known}, an existing file or folder, or an s3:// or hf:// prefix")
     kind = "_git" if is_repository(path) else "_files"
     return import_module(f"stages.data.sources.{kind}"), path.resolve().name or "root"
 
