@@ -60,6 +60,8 @@ def compose(overrides: list[str]) -> DictConfig:
         if opened == list(overrides):
             raise ConfigError(_sentence(error, overrides)) from None
         return compose(opened)
+    if any("_target_" in override for override in overrides):
+        raise ConfigError("_target_ names code to be run, which no configuration may; leave it out")
     for key in sorted(OmegaConf.missing_keys(conf)):
         raise ConfigError(f"{key} must be given, e.g. {key}=...; see the comments in conf/{key.split('.')[0]}")
     for key, value in conf.items():

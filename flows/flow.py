@@ -12,8 +12,8 @@ from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import open_launcher, open_store, shown
-from flows.config import choices, compose, default, split, state_dir
+from flows import open_launcher, open_store, shared_dir, shown
+from flows.config import choices, compose, default, split
 from flows.graph import Graph, Node
 from flows.plan import table
 from flows.pushgateway import pushing
@@ -59,7 +59,7 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
     tracker = pushing(Tracker(conf, flow_run, len(nodes)), conf.recipe.name, flow_run)
     cluster = conf.cluster
     cores = cluster.cores * (cluster.concurrent_stages if launcher.REMOTE else 1)
-    maker = Maker(store, launcher, tracker, state_dir() / "work", cores, cluster.device, cluster.devices)
+    maker = Maker(store, launcher, tracker, shared_dir(conf) / "work", cores, cluster.device, cluster.devices)
     width = {node.depth: sum(n.depth == node.depth for n in nodes) for node in nodes}
     order = {node.name: at for at, node in enumerate(nodes)}
     progress = Progress(len(nodes), show or logger.info)

@@ -50,6 +50,11 @@ def address(service: str) -> str | None:
     return found if answers(found + ("/api/health" if service == "prefect" else "/health")) else None
 
 
+def mlflow_page(server: str, path: str = "/experiments") -> str:
+    """The address of a page in MLflow's UI, in its view for training; its own choice is the one for chat applications."""
+    return f"{server}/#{path}?workflowType=machine_learning"
+
+
 def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as response:

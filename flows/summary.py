@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flows.config import state_dir
-from flows.services import address
+from flows.services import address, mlflow_page
 
 
 def closing(store: Any, graph: Any, nodes: list[Any], seconds: float) -> Iterator[str]:
@@ -22,18 +22,24 @@ def closing(store: Any, graph: Any, nodes: list[Any], seconds: float) -> Iterato
     prefect, mlflow = address("prefect"), address("mlflow")
     hint = "" if prefect and mlflow else "   (start both with `cuvee up`)"
     yield f"  prefect  {prefect or 'http://127.0.0.1:4200'}/runs{hint}"
-    yield f"  mlflow   {mlflow or 'http://127.0.0.1:5000'}"
+    yield f"  mlflow   {mlflow_page(mlflow or 'http://127.0.0.1:5000')}"
     if "polished" in made:
         yield "  talk     cuvee chat polished"
     yield f"  state    {state_dir()}   ({seconds:.0f} s)"
 
 
-def _scores(store: Any, nodes: list[Any]) -> Iterator[str]:
+def scores(store: Any, nodes: list[Any]) -> dict[str, dict[str, float]]:
+    """Model -> domain -> mean score in per cent."""
     rows = {}
     for node in nodes:
         if node.kind.value == "scores":
-            scores = json.loads((store.fetch(node.fingerprint) / "scores.json").read_text())
-            rows[node.name.removeprefix("scores-")] = scores["domains"]
+            found = json.loads((store.fetch(node.fingerprint) / "scores.json").read_text())["domains"]
+            rows[node.name.removeprefix("scores-")] = {domain: 100 * one["mean"] for domain, one in found.items()}
+    return rows
+
+
+def _scores(store: Any, nodes: list[Any]) -> Iterator[str]:
+    rows = scores(store, nodes)
     if not rows:
         return
     domains = list(next(iter(rows.values())))
@@ -41,5 +47,5 @@ def _scores(store: Any, nodes: list[Any]) -> Iterator[str]:
     yield ""
     yield f"  {'score (%)':<22}" + "".join(f"{short.get(d, d):>11}" for d in domains) + f"{'mean':>9}"
     for name, row in rows.items():
-        values = [100 * row[d]["mean"] for d in domains]
+        values = [row[d] for d in domains]
         yield f"  {name:<22}" + "".join(f"{v:>11.1f}" for v in values) + f"{sum(values) / len(values):>9.1f}"
