@@ -8,15 +8,21 @@ from typing import Any
 
 def open_store(conf: Any) -> Any:
     """The artifact store that `conf.store` names. Raises CuveeError when it can't be used."""
-    from flows.config import state_dir
-
     if conf.store.kind == "s3":
         from stages.store.s3 import S3Store
 
-        return S3Store(conf.store.uri, cache=state_dir() / "cache", endpoint=conf.store.endpoint)
+        cache = Path(conf.store.cache).expanduser() if conf.store.cache else shared_dir(conf) / "cache"
+        return S3Store(conf.store.uri, cache, conf.store.endpoint, conf.store.cache_gb)
     from stages.store.local import LocalStore
 
-    return LocalStore(Path(conf.store.uri) if conf.store.uri else state_dir() / "store")
+    return LocalStore(Path(conf.store.uri) if conf.store.uri else shared_dir(conf) / "store")
+
+
+def shared_dir(conf: Any) -> Path:
+    """Where work in progress and copies of artifacts lie: the state directory, or the volume that a cluster's pods share."""
+    from flows.config import state_dir
+
+    return Path(conf.cluster.volume.path) if conf.cluster.get("volume") else state_dir()
 
 
 def open_launcher(conf: Any) -> Any:

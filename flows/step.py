@@ -102,7 +102,10 @@ class Maker:
         started = time.time()
         try:
             self._write_spec(node, folder, threads, parents)
+            self.store.restore(node.fingerprint, folder / "scratch", log)  # where another host had begun
             outcome = self._launch(node, folder, threads, self._watch(run, folder, log))
+            if (table := folder / "out" / "samples.json").exists():
+                self.tracker.table(run, json.loads(table.read_text()))
             record = self.store.publish(folder / "out", self._record(node, outcome, parents, started, threads, run))
         except OSError as error:
             self.tracker.fail(run)
@@ -113,6 +116,10 @@ class Maker:
         except BaseException:
             self.tracker.fail(run)
             raise
+        finally:
+            for parent in node.parents:
+                self.store.release(parent.fingerprint)
+        self.store.forget(node.fingerprint)
         self.tracker.finish(run, record)
         for part in ("scratch", "spec.json", "result.json"):  # the log stays
             path = folder / part
@@ -146,7 +153,9 @@ class Maker:
             "ancestors": {fp: {k: v for k, v in record.items() if k != "files"}
                           for fp, record in ancestors(self.store, parents.values()).items()},
             "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
-            "threads": threads, "device": self.device, "processes": self.devices if node.distributed else 1,
+            "threads": threads, "device": self.device if node.needs_device else "cpu",
+            "processes": self.devices if node.distributed else 1,
+            "mirror": self.store.mirror(node.fingerprint),
         }
         (folder / "result.json").unlink(missing_ok=True)
         records.write_atomic(folder / "spec.json", json.dumps(spec).encode())

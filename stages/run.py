@@ -25,6 +25,7 @@ from typing import Any
 
 from stages.model import cuda
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Kind, load, parse
+from stages.store.mirror import Mirror
 
 OK = 0
 FAILED = 1  # a defect: the log holds the traceback
@@ -84,7 +85,8 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         out.mkdir(parents=True)
     scratch.mkdir(parents=True, exist_ok=True)
     threads = max(1, spec["threads"] // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    ctx = (Silent if rank else Context)(scratch=scratch, threads=threads, device=spec["device"])
+    mirror = Mirror(**spec["mirror"]) if spec.get("mirror") and not rank else None
+    ctx = (Silent if rank else Context)(scratch=scratch, threads=threads, device=spec["device"], mirror=mirror)
     _use_device(ctx.device)
     module = load(spec["stage"])
     config = parse(module.Config, spec["config"], spec["name"])

@@ -1,64 +1,129 @@
-"""A lease keeps two runs from making one artifact. Its holder beats; a holder that stopped beating has lost it."""
+"""A lease keeps two runs from making one artifact. Its holder beats; a holder that stopped beating has lost it.
+
+No clock is compared with another: who waits watches the holder's heartbeat and measures with its own monotonic clock how
+long it has not changed.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from stages.stage import CuveeError
+from stages.store._bucket import Bucket
+
 BEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 60.0
+logger = logging.getLogger("cuvee.store")
+
+
+@cache
+def here() -> str:
+    """This host as processes are counted in it: two containers of one machine are two, and so are namesakes."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def is_gone(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this host that has ended."""
+    if holder.get("host") != here():
+        return False
+    try:
+        return psutil.Process(holder["pid"]).create_time() != holder["born"]
+    except psutil.NoSuchProcess:
+        return True
 
 
 class Lease:
-    """Exclusive right to make one artifact, as a file whose modification time is the heartbeat.
+    """Exclusive right to make one artifact; a context manager. A kind of lease says where the right is kept.
 
-    Use as a context manager. `acquire` waits for a living holder and takes over from a dead one: at once when the
-    holder was a process of this host that is gone, otherwise EXPIRY_SECONDS after its last beat.
+    `acquire` waits for a living holder and takes over from a dead one: at once when the holder was a process of this
+    host that is gone, otherwise when its heartbeat has not changed for `expiry` seconds.
     """
 
-    def __init__(self, path: Path, expiry: float = EXPIRY_SECONDS):
-        self.path, self.expiry = path, expiry
-        self.token = uuid.uuid4().hex
+    POLL_SECONDS = 0.5
+
+    def __init__(self, expiry: float = EXPIRY_SECONDS):
+        self.expiry, self.token = expiry, uuid.uuid4().hex
         self._stop = threading.Event()
+        self._seen: tuple[Any, float] = (None, 0.0)
+        self._beater: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
         while not self.acquire():
-            time.sleep(0.5)
+            time.sleep(self.POLL_SECONDS)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, error: object, *_: object) -> None:
+        self.release(done=error is None)
 
     def acquire(self) -> bool:
         """True when this lease is now held; False while somebody else lives."""
+        if not self._take():
+            return False
+        self._beater = threading.Thread(target=self._beat, daemon=True)
+        self._beater.start()
+        return True
+
+    def release(self, done: bool = False) -> None:
+        """Give the right up. done: the artifact is published, so that nobody needs the right again."""
+        self._stop.set()
+        if self._beater is not None:
+            self._beater.join()
+        self._give_back(done)
+
+    def _unchanged(self, heartbeat: Any) -> float:
+        """Seconds for which the heartbeat has been what it is now, as far as this process has watched."""
+        if heartbeat != self._seen[0]:
+            self._seen = (heartbeat, time.monotonic())
+        return time.monotonic() - self._seen[1]
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            if not self._still_mine():
+                logger.warning("the lease was taken over while this process was silent; the first to publish wins")
+                return
+
+    def _me(self) -> dict[str, Any]:
+        return {"token": self.token, "host": here(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+
+
+class FileLease(Lease):
+    """As a file whose modification time is the heartbeat."""
+
+    def __init__(self, path: Path, expiry: float = EXPIRY_SECONDS):
+        super().__init__(expiry)
+        self.path = path
+
+    def _take(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f"{self.path.name}.{self.token}")
-        mine.write_text(json.dumps({"token": self.token, "host": socket.gethostname(), "pid": os.getpid(),
-                                    "born": psutil.Process().create_time()}))
+        mine.write_text(json.dumps(self._me()))
         try:
             os.link(mine, self.path)  # atomic: fails when the lease exists, and the file appears with its text
+            return True
         except FileExistsError:
             self._evict_dead()
             return False
         finally:
             mine.unlink()
-        threading.Thread(target=self._beat, daemon=True).start()
-        return True
 
-    def release(self) -> None:
-        self._stop.set()
+    def _give_back(self, done: bool) -> None:
         if self._holder().get("token") == self.token:
             self.path.unlink(missing_ok=True)
 
-    def _holder(self) -> dict:
+    def _holder(self) -> dict[str, Any]:
         try:
             return json.loads(self.path.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -66,28 +131,75 @@ class Lease:
 
     def _evict_dead(self) -> None:
         holder = self._holder()
-        if not holder or not self._dead(holder):
-            return
-        grave = self.path.with_name(f"{self.path.name}.dead.{self.token}")
-        try:
-            os.rename(self.path, grave)  # atomic: of two rivals one moves it away
-        except FileNotFoundError:
-            return
-        if json.loads(grave.read_text()) != holder:  # a rival evicted first and already holds it: give it back
-            with suppress(FileExistsError):  # unless a third took it meanwhile: the second then sees that it lost it
-                os.link(grave, self.path)
-        grave.unlink()
-
-    def _dead(self, holder: dict) -> bool:
-        if holder["host"] == socket.gethostname():
-            try:
-                return psutil.Process(holder["pid"]).create_time() != holder["born"]
-            except psutil.NoSuchProcess:
-                return True
-        return time.time() - self.path.stat().st_mtime > self.expiry
-
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            if self._holder().get("token") != self.token:
+        with suppress(FileNotFoundError):
+            beat = (holder.get("token"), self.path.stat().st_mtime_ns)
+            if not holder or not (self._unchanged(beat) > self.expiry or is_gone(holder)):
                 return
+            grave = self.path.with_name(f"{self.path.name}.dead.{self.token}")
+            os.rename(self.path, grave)  # atomic: of two rivals one moves it away
+            if json.loads(grave.read_text()) != holder:  # a rival evicted first and already holds it: give it back
+                with suppress(FileExistsError):  # unless a third took it meanwhile: the second then sees that it lost it
+                    os.link(grave, self.path)
+            grave.unlink()
+
+    def _still_mine(self) -> bool:
+        if self._holder().get("token") != self.token:
+            return False
+        with suppress(FileNotFoundError):
             os.utime(self.path)
+        return True
+
+
+class ObjectLease(Lease):
+    """As an object of a bucket. Every heartbeat changes its ETag, and whoever writes it names the ETag it knows, so that
+    of two that take over from a dead holder one wins. Given up, it stays as an object without a holder: not every
+    service deletes under a condition."""
+
+    POLL_SECONDS = 1.0
+
+    def __init__(self, bucket: Bucket, name: str, expiry: float = EXPIRY_SECONDS):
+        super().__init__(expiry)
+        self.bucket, self.name = bucket, name
+        self._etag, self._beats = "", 0
+
+    def _take(self) -> bool:
+        found = self.bucket.get(self.name)
+        if found is None:
+            return self._write(absent=True)
+        holder = json.loads(found[0])
+        free = not holder["token"] or self._unchanged(found[1]) > self.expiry or is_gone(holder)
+        return free and self._write(replaces=found[1])
+
+    def _write(self, token: str | None = None, **condition: Any) -> bool:
+        self._beats += 1
+        holder = self._me() | {"beat": self._beats} | ({} if token is None else {"token": token})
+        self._etag = self.bucket.put(self.name, json.dumps(holder).encode(), **condition)
+        if self._etag:
+            return True
+        found = self.bucket.get(self.name)  # a retry of our own success looks like a rival's
+        if found and (held := json.loads(found[0])) and held == holder:
+            self._etag = found[1]
+            return True
+        return False
+
+    def _give_back(self, done: bool) -> None:
+        try:
+            if self._etag and self._write(token="", replaces=self._etag) and done:
+                self.bucket.delete(self.name)  # whoever takes it in between finds the artifact published
+        except CuveeError as error:
+            logger.warning("the lease expires by itself in %.0f s: %s", self.expiry, error)
+
+    def _still_mine(self) -> bool:
+        try:
+            known = self._etag
+            if self._write(replaces=known):
+                return True
+            found = self.bucket.get(self.name)
+            if found and json.loads(found[0])["token"] == self.token:  # an earlier heartbeat whose answer was lost
+                self._etag = found[1]
+                return True
+            return False
+        except CuveeError as error:
+            self._etag = self._etag or known
+            logger.warning("no heartbeat reached the store: %s", error)
+            return True

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.stage import CuveeError
 from stages.store import record as records
-from stages.store.lease import Lease
+from stages.store.lease import FileLease
 
 
 class LocalStore:
@@ -59,9 +59,14 @@ class LocalStore:
                                  f"delete {folder} and run again to remake it")
         return folder
 
-    def fetch_unchecked(self, fingerprint: str) -> Path:
-        """The artifact's folder as it is, for `verify` to judge."""
-        return self.folder(fingerprint)
+    def release(self, fingerprint: str) -> None:
+        """What S3Store has to be told of; here nothing is ever removed."""
+
+    def contents(self, fingerprint: str) -> tuple[bytes, dict[str, str]]:
+        """(the record's bytes, file -> SHA-256) of what the folder holds now, for `verify` to judge."""
+        folder = self.folder(fingerprint)
+        files = {name: meta["sha256"] for name, meta in records.digest_files(folder).items()}
+        return (folder / records.NAME).read_bytes(), files
 
     def publish(self, out: Path, record: dict[str, Any]) -> dict[str, Any]:
         """Move `out` into the store, then write its record. Returns the sealed record."""
@@ -73,8 +78,17 @@ class LocalStore:
         records.write_atomic(folder / records.NAME, records.dumps(record))
         return record
 
-    def lease(self, fingerprint: str) -> Lease:
-        return Lease(self.root / "leases" / fingerprint)
+    def lease(self, fingerprint: str) -> FileLease:
+        return FileLease(self.root / "leases" / fingerprint)
+
+    def mirror(self, fingerprint: str) -> None:
+        """None: a stage's checkpoints lie in its scratch folder, and nowhere else."""
+
+    def restore(self, fingerprint: str, scratch: Path, log: Any) -> None:
+        """What S3Store brings from its mirror; here there is none."""
+
+    def forget(self, fingerprint: str) -> None:
+        """What S3Store removes of a published stage; here there is nothing."""
 
     def set_alias(self, name: str, fingerprint: str) -> None:
         if self.aliases().get(name) != fingerprint:

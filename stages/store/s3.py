@@ -1,192 +1,206 @@
 """Artifacts under an S3 prefix, through boto3; reading goes through a local cache folder.
 
-The record is put last with `If-None-Match: *`: of two runs that publish one artifact, one wins and both end with the
-same bytes. Credentials, region and role come from the usual AWS environment.
+`<uri>/artifacts/<fingerprint>/record.json` is the commit mark, put last with `If-None-Match: *`: of two runs that
+publish one artifact, one wins and the other takes the winner's. The files lie in a folder beside it that is named by
+what they contain, so that an upload that was cut off goes on where it stopped, and two runs whose bytes differ never
+write one object. Credentials, region and role come from the usual AWS environment.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stages.stage import CuveeError
 from stages.store import record as records
-from stages.store.lease import BEAT_SECONDS, EXPIRY_SECONDS
+from stages.store._bucket import TRANSFERS, Bucket
+from stages.store._cache import GB, Cache
+from stages.store.lease import ObjectLease
+from stages.store.mirror import Mirror
 
-TRANSFERS = 8
+PART_BYTES = 16 * 1024 * 1024  # of a multipart transfer
+logger = logging.getLogger("cuvee.store")
+DOWNLOADS = 3  # attempts at a file that arrives with other bytes than were published
 
 
 class S3Store:
-    """`<uri>/artifacts/<fingerprint>/` as in LocalStore. uri: s3://bucket/prefix; endpoint: another S3 service.
+    """As LocalStore, in a bucket. uri: s3://bucket/prefix; endpoint: another S3 service; cache_gb: size of the cache
+    (0: no limit), which what is in use may exceed.
 
-    Raises CuveeError when the bucket can't be reached or written, or a downloaded file's digest is not as recorded.
+    Raises CuveeError when the bucket can't be reached or written, ignores conditional writes, or a downloaded file's
+    SHA-256 is not as recorded.
     """
 
-    def __init__(self, uri: str, cache: Path, endpoint: str = ""):
-        import boto3
-        from botocore.config import Config
+    def __init__(self, uri: str, cache: Path, endpoint: str = "", cache_gb: float = 0):
+        from boto3.s3.transfer import TransferConfig
 
-        if not uri.startswith("s3://") or not uri[5:].strip("/"):
-            raise CuveeError(f"store.uri={uri!r} is no S3 address; write it as s3://bucket/prefix")
-        self.uri, self.cache = uri.rstrip("/"), cache
-        self.bucket, _, self.prefix = self.uri[5:].partition("/")
-        self.s3 = boto3.client("s3", endpoint_url=endpoint or None,
-                               config=Config(retries={"max_attempts": 8, "mode": "standard"},
-                                             max_pool_connections=2 * TRANSFERS))
-        with self._explained():
-            self.s3.head_bucket(Bucket=self.bucket)
+        self.bucket = Bucket(uri, endpoint)
+        self.uri = self.bucket.uri
+        self.cache = Cache(Path(cache), int(cache_gb * GB))
+        self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES,
+                                        max_concurrency=TRANSFERS, num_download_attempts=8)
+        self._records: dict[str, dict[str, Any]] = {}
 
     def folder(self, fingerprint: str) -> Path:
-        return self.cache / fingerprint
+        """Where the artifact's files are on this machine, once they were fetched."""
+        return self.cache.folder / fingerprint
 
     def record(self, fingerprint: str) -> dict[str, Any] | None:
-        cached = self.folder(fingerprint) / records.NAME
-        if cached.exists():  # records never change once they are written
-            return json.loads(cached.read_bytes())
-        data = self._get(f"artifacts/{fingerprint}/{records.NAME}")
-        return None if data is None else json.loads(data)
+        """The record of a published artifact, or None: without a record there is no artifact."""
+        if fingerprint not in self._records:  # it never changes once it is written
+            found = self.bucket.get(f"artifacts/{fingerprint}/{records.NAME}")
+            if found is None:
+                return None
+            try:
+                self._records[fingerprint] = json.loads(found[0])
+            except ValueError:
+                raise CuveeError(f"{self.uri}/artifacts/{fingerprint}/{records.NAME} is not JSON: the record was "
+                                 "damaged; delete that folder and run again to remake it") from None
+        return self._records[fingerprint]
 
     def fetch(self, fingerprint: str) -> Path:
-        """Download what the cache lacks, every file checked against its recorded SHA-256."""
-        folder, record = self.folder(fingerprint), self.record(fingerprint)
+        """A local folder with the artifact's files: what the cache lacks is downloaded and checked against its recorded
+        SHA-256. It stays until `release` is called as often as this, or this process ends."""
+        record = self.record(fingerprint)
         if record is None:
             raise CuveeError(f"artifact {fingerprint} is not in the store {self.uri}; run the recipe that makes it")
-
-        def one(item: tuple[str, dict[str, Any]]) -> None:
-            name, meta = item
-            path = folder / name
-            if path.exists() and path.stat().st_size == meta["size"]:
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            self.s3.download_file(self.bucket, self._key(f"artifacts/{fingerprint}/{name}"), str(part))
-            if records.sha256(part) != meta["sha256"]:
-                part.unlink()
-                raise CuveeError(f"{self.uri}/artifacts/{fingerprint}/{name} is not what was published (SHA-256); "
-                                 "delete that artifact in the bucket and run again to remake it")
-            part.replace(path)
-
-        with self._explained(), ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(one, record["files"].items()))
-        records.write_atomic(folder / records.NAME, records.dumps(record))
+        folder = self.cache.hold(fingerprint)
+        try:
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                list(pool.map(lambda name: self._download(record, name, folder / name), record["files"]))
+            if not (folder / records.NAME).exists():
+                records.write_atomic(folder / records.NAME, records.dumps(record))
+        except BaseException:
+            self.cache.release(fingerprint)
+            raise
+        self.cache.trim()
         return folder
 
-    def fetch_unchecked(self, fingerprint: str) -> Path:
-        """A fresh copy of what the bucket holds, for `verify` to judge."""
-        folder = self.cache / "verify" / fingerprint
-        shutil.rmtree(folder, ignore_errors=True)
-        prefix = self._key(f"artifacts/{fingerprint}/")
-        with self._explained():
-            for key in self._keys(prefix):
-                path = folder / key.removeprefix(prefix)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.s3.download_file(self.bucket, key, str(path))
-        return folder
+    def release(self, fingerprint: str) -> None:
+        """The folder that `fetch` returned is no longer in use."""
+        self.cache.release(fingerprint)
+
+    def _download(self, record: dict[str, Any], name: str, path: Path) -> None:
+        wanted = record["files"][name]
+        if path.exists() and path.stat().st_size == wanted["size"]:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            for _ in range(DOWNLOADS):
+                with self.bucket.explained():
+                    self.bucket.s3.download_file(self.bucket.name, self.bucket.key(place(record) + name), str(part),
+                                                 Config=self._transfer)
+                if records.sha256(part) == wanted["sha256"]:
+                    part.replace(path)
+                    return
+        finally:
+            part.unlink(missing_ok=True)
+        raise CuveeError(f"{self.uri}/{place(record)}{name} is not what was published (SHA-256); delete that artifact "
+                         "in the bucket and run again to remake it")
+
+    def contents(self, fingerprint: str) -> tuple[bytes, dict[str, str]]:
+        """(the record's bytes, file -> SHA-256) of what the bucket holds now, for `verify` to judge."""
+        record = self.record(fingerprint)
+        base = place(record)
+
+        def digest(name: str) -> tuple[str, str]:
+            found = hashlib.sha256()
+            with self.bucket.explained():
+                body = self.bucket.s3.get_object(Bucket=self.bucket.name, Key=self.bucket.key(name))["Body"]
+                for chunk in body.iter_chunks(1 << 20):
+                    found.update(chunk)
+            return name.removeprefix(base), found.hexdigest()
+
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            files = dict(pool.map(digest, [name for name, _ in self.bucket.names(base)]))
+        return (self.bucket.get(f"artifacts/{fingerprint}/{records.NAME}") or (b"", ""))[0], files
 
     def publish(self, out: Path, record: dict[str, Any]) -> dict[str, Any]:
-        record, base = records.seal(record), f"artifacts/{record['fingerprint']}"
-        with self._explained(), ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(lambda name: self.s3.upload_file(str(out / name), self.bucket, self._key(f"{base}/{name}")),
-                          record["files"]))
-            if not self._put(f"{base}/{records.NAME}", records.dumps(record), IfNoneMatch="*"):
-                record = json.loads(self._get(f"{base}/{records.NAME}"))
-        folder = self.folder(record["fingerprint"])
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(out, folder)
-        records.write_atomic(folder / records.NAME, records.dumps(record))
+        """Upload `out`, then the record. Returns the sealed record: another run's where that was first."""
+        record, fingerprint, files = records.seal(record), record["fingerprint"], record["files"]
+        mark = f"artifacts/{fingerprint}/{records.NAME}"
+        self.bucket.check_conditions()
+        there = {name: item["Size"] for name, item in self.bucket.names(place(record))}
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(lambda name: self._upload(record, name, out / name, there), files))
+        if not self.bucket.put(mark, records.dumps(record), absent=True):
+            record = json.loads(self.bucket.get(mark)[0])
+        self._records[fingerprint] = record
+        folder = self.cache.hold(fingerprint)
+        try:
+            if record["files"] == files:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.move(out, folder)
+                records.write_atomic(folder / records.NAME, records.dumps(record))
+            else:  # another run's bytes: they are downloaded when they are wanted
+                shutil.rmtree(out)
+        finally:
+            self.cache.release(fingerprint)
+        self.cache.trim()
         return record
 
-    @contextmanager
-    def lease(self, fingerprint: str) -> Iterator[None]:
-        """Wait for, then hold, the object leases/<fingerprint>; a holder that stopped beating is replaced."""
-        import threading
+    def _upload(self, record: dict[str, Any], name: str, path: Path, there: dict[str, int]) -> None:
+        key, wanted = place(record) + name, record["files"][name]
+        if there.get(key) == wanted["size"] and self._digest(key) == wanted["sha256"]:
+            return  # an attempt that was cut off had sent this one
+        extra = {"Metadata": {"sha256": wanted["sha256"]}, **self.bucket.checksum}
+        with self.bucket.explained():
+            self.bucket.s3.upload_file(str(path), self.bucket.name, self.bucket.key(key), ExtraArgs=extra,
+                                       Config=self._transfer)
+        found = self.bucket.head(key)
+        if found is None or found["ContentLength"] != wanted["size"] or records.sha256(path) != wanted["sha256"]:
+            raise CuveeError(f"{self.uri}/{key}: {found and found['ContentLength']} bytes arrived of {wanted['size']}; "
+                             "nothing was published, run again")
 
-        name, token, stop = f"leases/{fingerprint}", uuid.uuid4().hex, threading.Event()
-        while not self._put(name, self._beat(token), IfNoneMatch="*"):
-            held = self._get(name)
-            if held is not None and time.time() - json.loads(held)["beat"] > EXPIRY_SECONDS:
-                self._delete(name)
-            time.sleep(1.0)
+    def _digest(self, key: str) -> str | None:
+        return (self.bucket.head(key) or {"Metadata": {}})["Metadata"].get("sha256")
 
-        def beat() -> None:
-            while not stop.wait(BEAT_SECONDS):
-                self._put(name, self._beat(token))
+    def lease(self, fingerprint: str) -> ObjectLease:
+        self.bucket.check_conditions()
+        return ObjectLease(self.bucket, f"leases/{fingerprint}")
 
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
+    def mirror(self, fingerprint: str) -> dict[str, str]:
+        """What a stage needs to keep its checkpoints in the store while it runs: the arguments of `Mirror`."""
+        return {"uri": self.uri, "endpoint": self.bucket.endpoint, "fingerprint": fingerprint}
+
+    def restore(self, fingerprint: str, scratch: Path, log: Callable[[str], None]) -> None:
+        """Bring the stage's newest checkpoint to `scratch`, where another host had begun to make it."""
+        Mirror(self.uri, self.bucket.endpoint, fingerprint, self.bucket).pull(scratch, log)
+
+    def forget(self, fingerprint: str) -> None:
+        """Remove the checkpoints of a stage whose artifact is published."""
         try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            self._delete(name)
+            Mirror(self.uri, self.bucket.endpoint, fingerprint, self.bucket).clear()
+        except CuveeError as error:
+            logger.warning("checkpoints of a finished stage stay until `cuvee clean`: %s", error)
 
     def set_alias(self, name: str, fingerprint: str) -> None:
-        if self._get(f"aliases/{name}") != fingerprint.encode():
-            self._put(f"aliases/{name}", fingerprint.encode())
+        found = self.bucket.get(f"aliases/{name}")
+        if found is None or found[0] != fingerprint.encode():
+            self.bucket.put(f"aliases/{name}", fingerprint.encode())
 
     def aliases(self) -> dict[str, str]:
-        prefix = self._key("aliases/")
-        with self._explained():
-            names = sorted(key.removeprefix(prefix) for key in self._keys(prefix))
-        return {name: self._get(f"aliases/{name}").decode() for name in names}
+        """Name -> fingerprint of the artifact that the last run knew under that name."""
+        names = sorted(name.removeprefix("aliases/") for name, _ in self.bucket.names("aliases/"))
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            found = pool.map(lambda name: self.bucket.get(f"aliases/{name}"), names)
+        return {name: one[0].decode() for name, one in zip(names, found, strict=True) if one}
 
     def fingerprints(self) -> Iterator[str]:
-        with self._explained():
-            for key in self._keys(self._key("artifacts/")):
-                if key.endswith(f"/{records.NAME}"):
-                    yield key.split("/")[-2]
+        for name, _ in self.bucket.names("artifacts/"):
+            if name.endswith(f"/{records.NAME}") and name.count("/") == 2:
+                yield name.split("/")[1]
 
-    @staticmethod
-    def _beat(token: str) -> bytes:
-        return json.dumps({"token": token, "beat": time.time()}).encode()
 
-    def _key(self, name: str) -> str:
-        return f"{self.prefix}/{name}" if self.prefix else name
-
-    def _keys(self, prefix: str) -> Iterator[str]:
-        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
-            yield from (item["Key"] for item in page.get("Contents", []))
-
-    def _get(self, name: str) -> bytes | None:
-        with self._explained():
-            try:
-                return self.s3.get_object(Bucket=self.bucket, Key=self._key(name))["Body"].read()
-            except self.s3.exceptions.NoSuchKey:
-                return None
-
-    def _put(self, name: str, data: bytes, **condition: str) -> bool:
-        """False when `condition` (If-None-Match) found the object there already."""
-        from botocore.exceptions import ClientError
-
-        with self._explained():
-            try:
-                self.s3.put_object(Bucket=self.bucket, Key=self._key(name), Body=data, **condition)
-                return True
-            except ClientError as error:
-                if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-                    return False
-                raise
-
-    def _delete(self, name: str) -> None:
-        with self._explained():
-            self.s3.delete_object(Bucket=self.bucket, Key=self._key(name))
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """boto3's errors as one sentence with the way out."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            yield
-        except (BotoCoreError, ClientError) as error:
-            raise CuveeError(f"store.uri={self.uri}: {error}; check the bucket, the credentials (AWS_PROFILE, "
-                             "AWS_ACCESS_KEY_ID) and store.endpoint") from None
+def place(record: dict[str, Any]) -> str:
+    """The beginning of the names of an artifact's files: a function of their names, sizes and digests."""
+    contents = hashlib.sha256(records.canonical(record["files"])).hexdigest()[:12]
+    return f"artifacts/{record['fingerprint']}/{contents}/"

@@ -95,11 +95,12 @@ class Checkpoints:
     """The checkpoints of one run in `folder`. At most one is being written; every method is a collective.
 
     keep_every: checkpoints of steps that it divides are never removed (0: none). background: `save` returns when the
-    state is copied, and a thread writes it; otherwise it returns when the checkpoint is committed.
+    state is copied, and a thread writes it; otherwise it returns when the checkpoint is committed. mirror: is given every
+    committed checkpoint, to keep it elsewhere too.
     """
 
-    def __init__(self, folder: Path, keep_every: int = 0, background: bool = True):
-        self.folder, self.keep_every, self.background = folder, keep_every, background
+    def __init__(self, folder: Path, keep_every: int = 0, background: bool = True, mirror: Any = None):
+        self.folder, self.keep_every, self.background, self.mirror = folder, keep_every, background, mirror
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
         self._removal: Future | None = None
@@ -155,12 +156,16 @@ class Checkpoints:
         files = {name: told for part in parts for name, told in part.items()}
         rest = [path for path in pending.path.iterdir() if path.name not in files]  # the library's own metadata
         _commit(pending.path, pending.mark | {"files": files | _described(rest)})
+        if self.mirror is not None:
+            self.mirror.push(pending.path)
         self._removal = self._thread.submit(self._remove)
 
-    def wait(self) -> None:
-        """Return on every rank when the save under way is committed and what is too old is gone: a rank that left before
-        would have the launcher end the one that still writes the mark."""
+    def wait(self, mirrored: bool = False) -> None:
+        """Return on every rank when the save under way is committed (mirrored: and kept elsewhere too) and what is too
+        old is gone: a rank that left before would have the launcher end the one that still writes the mark."""
         self.commit()
+        if mirrored and self.mirror is not None:
+            self.mirror.wait()
         if self._removal is not None:
             self._removal.result()
             self._removal = None

@@ -90,7 +90,7 @@ def train(
     placed = config.placed(min(int(marks[-1].name), config.steps - 1) if marks else 0)
     trainer = Trainer(placed, sizes, objective, init, head, reference)
     log = (lambda _: None) if dist.get_rank() else ctx.log
-    checkpoints = Checkpoints(ctx.scratch / "checkpoints", config.keep_every, config.async_save)
+    checkpoints = Checkpoints(ctx.scratch / "checkpoints", config.keep_every, config.async_save, ctx.mirror)
     progress = Progress()
     made_by = {"model": identity(sizes), "data": getattr(stream, "fingerprint", "")}
     if found := newest(checkpoints.folder, log):
@@ -159,7 +159,7 @@ class _Run:
                 mark = {"progress": asdict(progress), **self.made_by}
                 self.trainer.save_state(self.checkpoints, progress.step, mark)
             if stopping or moving:
-                self.checkpoints.wait()
+                self.checkpoints.wait(mirrored=True)
                 why = "stopped on request" if stopping else "the next phase is placed otherwise: stopped"
                 self.log(f"{why} after step {progress.step}/{config.steps}; saved, start again to go on")
                 raise SystemExit(AGAIN)

@@ -1,0 +1,361 @@
+"""What the store promises, with the faults of networks and servers between it and the bucket."""
+
+import datetime
+import hashlib
+import json
+import os
+import pickle
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import botocore.auth
+import botocore.compat
+import pytest
+
+from flows import lineage
+from stages.stage import CuveeError
+from stages.store import lease, mirror, s3
+from stages.store import record as records
+from stages.store._bucket import Bucket
+from stages.store.s3 import S3Store
+from tests.s3.proxy import (
+    BUSY,
+    CUT_ANSWER,
+    CUT_REQUEST,
+    DOWN,
+    ERROR,
+    FLIP,
+    IGNORE,
+    LOST_ANSWER,
+    SLOW,
+    Proxy,
+)
+from tests.unit.test_store import make
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """botocore waits up to 20 s between attempts; here they follow at once. Parts as small as a service takes them."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.05)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 1024 * 1024)
+
+
+@pytest.fixture
+def store(uri, endpoint, tmp_path):
+    return S3Store(uri, tmp_path / "cache", endpoint)
+
+
+def artifact(folder, seed=0, size=11_000_000, name="base"):
+    """(folder of files, record) of an artifact whose bytes are a function of the seed."""
+    out = folder / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "big.bin").write_bytes(hashlib.shake_128(str(seed).encode()).digest(size))
+    (out / "sub" / "small.txt").write_text("weights")
+    config = {"seed": 0}
+    return out, {"fingerprint": records.fingerprint("x.y", "1", config, {}, {}), "name": name, "kind": "checkpoint",
+                 "stage": "x.y", "version": "1", "config": config, "external": {}, "inputs": {}, "seed": seed,
+                 "files": records.digest_files(out), "metrics": {}, "ended": "2026-01-01T00:00:00.000+00:00", "seconds": 1.0}
+
+
+def every_second(fault, *methods):
+    """A fault that meets every second request of these methods, the first included; never those of the probe."""
+    seen = {"count": 0}
+
+    def decide(method, path):
+        if method not in methods or "/probes/" in path:
+            return ""
+        seen["count"] += 1
+        return fault if seen["count"] % 2 else ""
+
+    return decide
+
+
+@pytest.mark.parametrize("fault", [ERROR, BUSY, SLOW, CUT_REQUEST, LOST_ANSWER, DOWN])
+def test_published_whole_whatever_happens_to_the_requests(uri, endpoint, tmp_path, fault):
+    with Proxy(endpoint, every_second(fault, "PUT", "POST")) as proxy:
+        store = S3Store(uri, tmp_path / "cache", proxy.endpoint)
+        out, record = artifact(tmp_path)
+        with store.lease(record["fingerprint"]):
+            assert store.publish(out, record) == records.seal(record)
+        assert sum(happened == fault for *_, happened in proxy.seen) >= 3
+    reader = S3Store(uri, tmp_path / "other", endpoint)
+    assert list(lineage.verify(reader, reader.record(record["fingerprint"]))) == []
+    assert records.digest_files(reader.fetch(record["fingerprint"])) == record["files"]
+    assert [name for name, _ in reader.bucket.names("leases/")] == []
+
+
+@pytest.mark.parametrize("fault", [ERROR, CUT_ANSWER, DOWN, FLIP])
+def test_fetched_whole_whatever_happens_to_the_answers(store, uri, endpoint, tmp_path, fault):
+    out, record = artifact(tmp_path)
+    store.publish(out, record)
+    hits = iter(range(100))
+
+    def decide(method, path):
+        return fault if method == "GET" and "big.bin" in path and next(hits) == 0 else ""
+
+    with Proxy(endpoint, decide) as proxy:
+        reader = S3Store(uri, tmp_path / "other", proxy.endpoint)
+        assert records.digest_files(reader.fetch(record["fingerprint"])) == record["files"]
+        assert any(happened == fault for *_, happened in proxy.seen)
+    assert not [path for path in (tmp_path / "other").rglob(".big*")]
+
+
+def test_what_arrives_changed_every_time_is_refused(store, uri, endpoint, tmp_path):
+    out, record = artifact(tmp_path)
+    store.publish(out, record)
+    with Proxy(endpoint, lambda method, path: FLIP if method == "GET" and "big.bin" in path else "") as proxy:
+        reader = S3Store(uri, tmp_path / "other", proxy.endpoint)
+        with pytest.raises(CuveeError, match="is not what was published"):
+            reader.fetch(record["fingerprint"])
+    assert not (tmp_path / "other" / record["fingerprint"] / records.NAME).exists()
+
+
+def test_an_outage_publishes_nothing_and_the_next_attempt_sends_only_the_rest(uri, endpoint, tmp_path):
+    out, record = artifact(tmp_path)
+    down = threading.Event()
+    with Proxy(endpoint, lambda method, path: DOWN if down.is_set() and "small.txt" in path else "") as proxy:
+        down.set()
+        store = S3Store(uri, tmp_path / "cache", proxy.endpoint)
+        with pytest.raises(CuveeError, match="store.uri=.* at http://127.*check the bucket"):
+            store.publish(out, record)
+        assert store.record(record["fingerprint"]) is None and list(store.fingerprints()) == []
+        down.clear()
+        proxy.seen.clear()
+        store.publish(out, record)
+        assert not [path for method, path, _ in proxy.seen if method in ("PUT", "POST") and "big.bin" in path]
+    assert list(S3Store(uri, tmp_path / "other", endpoint).fingerprints()) == [record["fingerprint"]]
+
+
+def test_of_rivals_with_other_bytes_one_wins_whole(uri, endpoint, tmp_path):
+    rivals = [artifact(tmp_path / str(seed), seed, 300_000) for seed in range(4)]
+    stores = [S3Store(uri, tmp_path / str(seed) / "cache", endpoint) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        published = list(pool.map(lambda seed: stores[seed].publish(*rivals[seed]), range(4)))
+    assert all(record == published[0] for record in published)
+    for store in stores:
+        assert records.digest_files(store.fetch(published[0]["fingerprint"])) == published[0]["files"]
+    assert list(lineage.verify(stores[0], published[0])) == []
+
+
+@pytest.mark.parametrize("fault", ["", LOST_ANSWER, ERROR])
+def test_of_rivals_for_a_lease_one_holds_it(uri, endpoint, tmp_path, fault):
+    holding, most, order = [], [], threading.Lock()
+
+    def hold(at):
+        store = S3Store(uri, tmp_path / str(at), proxy.endpoint)
+        right = store.lease("f" * 32)
+        right.POLL_SECONDS = 0.05
+        with right:
+            with order:
+                holding.append(at)
+                most.append(len(holding))
+            threading.Event().wait(0.1)
+            with order:
+                holding.remove(at)
+
+    with Proxy(endpoint, every_second(fault, "PUT")) as proxy:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(hold, range(4)))
+    assert most == [1] * 4
+
+
+def test_a_silent_holder_is_replaced_by_one_of_two_and_learns_of_it(store, monkeypatch, tmp_path):
+    """By the waiters' own clocks: what the holder's or the server's say does not matter. The heartbeat counts."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "is_gone", lambda holder: False)
+    holder = store.lease("f" * 32)
+    assert holder.acquire()
+    waiters = [store.lease("f" * 32) for _ in range(2)]
+    for waiter in waiters:
+        waiter.expiry = 0.4
+    deadline = 8
+    for _ in range(deadline):  # a beating holder keeps it for longer than the expiry
+        assert not any(waiter.acquire() for waiter in waiters)
+        threading.Event().wait(0.1)
+    holder._stop.set()  # it hangs
+    holder._beater.join()
+    assert not any(waiter.acquire() for waiter in waiters)
+    threading.Event().wait(0.5)
+    with ThreadPoolExecutor(2) as pool:
+        won = list(pool.map(lambda waiter: waiter.acquire(), waiters))
+    assert sorted(won) == [False, True]
+    assert not holder._still_mine()
+    holder.release(done=True)
+    winner = waiters[won.index(True)]
+    assert winner._still_mine()
+    winner.release()
+    assert store.lease("f" * 32).acquire()
+
+
+def test_a_service_without_conditional_writes_is_refused(moto, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "k")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.session.Session().client("s3", endpoint_url=moto).create_bucket(Bucket="unconditional")
+    with Proxy(moto, lambda method, path: IGNORE) as proxy:
+        store = S3Store("s3://unconditional/p", tmp_path / "cache", proxy.endpoint)
+        with pytest.raises(CuveeError, match="ignores conditional writes .* use AWS S3, MinIO or Ceph"):
+            store.lease("f" * 32)
+        out, record = artifact(tmp_path, size=10)
+        with pytest.raises(CuveeError, match="ignores conditional writes"):
+            store.publish(out, record)
+        assert list(store.bucket.names("")) == []
+
+
+def test_refusals_are_one_sentence_with_the_way_out(radosgw, monkeypatch, tmp_path):
+    for name, value in radosgw.environment().items():
+        monkeypatch.setenv(name, value)
+    client = boto3.session.Session().client("s3", endpoint_url=radosgw.endpoint)
+    client.create_bucket(Bucket="refusals")
+    store = S3Store("s3://refusals/p", tmp_path / "cache", radosgw.endpoint)
+    out, record = artifact(tmp_path, size=10)
+
+    radosgw.restrict(True)  # permission lost while it runs
+    try:
+        with pytest.raises(CuveeError, match="UserSuspended|AccessDenied") as refused:
+            store.publish(out, record)
+    finally:
+        radosgw.restrict(False)
+    assert "\n" not in str(refused.value) and list(store.fingerprints()) == []
+    store.publish(out, record)
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-7731")
+    with pytest.raises(CuveeError, match="SignatureDoesNotMatch: the secret key is wrong; check AWS_PROFILE") as refused:
+        S3Store("s3://refusals/p", tmp_path / "cache", radosgw.endpoint)
+    assert "canary-7731" not in str(refused.value)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with pytest.raises(CuveeError, match="InvalidAccessKeyId: the service does not know this access key"):
+        S3Store("s3://refusals/p", tmp_path / "cache", radosgw.endpoint)
+    for uri in ("s3://key:canary-7731@refusals/p", "https://canary-7731@refusals"):
+        with pytest.raises(CuveeError, match="must not hold credentials|is no S3 address") as refused:
+            S3Store(uri, tmp_path / "cache", radosgw.endpoint)
+        assert "canary-7731" not in str(refused.value)
+
+
+def test_a_wrong_clock_is_one_sentence(radosgw, monkeypatch, tmp_path):
+    for name, value in radosgw.environment().items():
+        monkeypatch.setenv(name, value)
+    boto3.session.Session().client("s3", endpoint_url=radosgw.endpoint).create_bucket(Bucket="clocks")
+
+    def late(remove_tzinfo=True):
+        now = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+        return now.replace(tzinfo=None) if remove_tzinfo else now
+
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", late)
+    with pytest.raises(CuveeError, match="RequestTimeTooSkewed: this machine's clock is wrong"):
+        S3Store("s3://clocks/p", tmp_path / "cache", radosgw.endpoint)
+
+
+def test_the_cache_keeps_its_limit_and_never_removes_what_is_in_use(uri, endpoint, tmp_path):
+    store = S3Store(uri, tmp_path / "cache", endpoint)
+    made = []
+    for at in range(4):
+        out = tmp_path / str(at) / "out"
+        out.mkdir(parents=True)
+        (out / "f").write_bytes(os.urandom(1000))
+        made.append(f"{at}" * 32)
+        store.publish(out, {"fingerprint": made[-1], "files": records.digest_files(out), "inputs": {}})
+    small = S3Store(uri, tmp_path / "small", endpoint, cache_gb=3000 / 1e9)  # with records, room for two
+    cached = lambda: sorted(path.name for path in (tmp_path / "small").iterdir() if path.name != ".locks")  # noqa: E731
+    small.fetch(made[0])
+    for fingerprint in made[1:]:
+        assert (small.fetch(fingerprint) / "f").exists()
+        small.release(fingerprint)
+    assert made[0] in cached() and len(cached()) == 2  # the oldest, but it is held
+    other = S3Store(uri, tmp_path / "small", endpoint, cache_gb=1 / 1e9)  # another process that shares the folder
+    other.fetch(made[1])
+    assert made[0] in cached() and made[1] in cached()
+    small.release(made[0])
+    other.release(made[1])
+    other.fetch(made[2])
+    assert cached() == [made[2]]
+
+
+def checkpoint(scratch, step, blocks):
+    folder = scratch / "checkpoints" / f"{step:010d}"
+    folder.mkdir(parents=True)
+    for name, block in blocks.items():
+        (folder / name).write_bytes(block)
+    (folder / "commit.json").write_text(json.dumps({"progress": {"step": step}}))
+    (scratch / "metrics.jsonl").write_text("".join(f'{{"step": {s}}}\n' for s in range(1, step + 1)))
+    return folder
+
+
+def test_checkpoints_go_on_at_another_host(uri, endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "CHUNK_BYTES", 1000)
+    same, first, second = os.urandom(5500), os.urandom(2500), os.urandom(2500)
+    here, there = tmp_path / "here", tmp_path / "there"
+    with Proxy(endpoint, every_second(LOST_ANSWER, "PUT")) as proxy:
+        kept = mirror.Mirror(uri, proxy.endpoint, "f" * 32)
+        for step, block in ((2, first), (4, second), (6, first)):
+            kept.push(checkpoint(here, step, {"a.distcp": same, "b.distcp": block}))
+            kept.wait()
+    bucket = Bucket(uri, endpoint)
+    kept = mirror.Mirror(uri, endpoint, "f" * 32, bucket)
+    assert mirror.push_checkpoint(bucket, kept.base, here / "checkpoints" / f"{6:010d}") == 0  # nothing new
+    names = [name.removeprefix(kept.base) for name, _ in bucket.names(kept.base)]
+    assert [name for name in names if "/" not in name] == [f"{step:010d}.json" for step in (4, 6)]
+    restored = mirror.Mirror(uri, endpoint, "f" * 32).pull(there)
+    assert restored == there / "checkpoints" / f"{6:010d}"
+    assert records.digest_files(restored) == records.digest_files(here / "checkpoints" / f"{6:010d}")
+    assert (there / "metrics.jsonl").read_bytes() == (here / "metrics.jsonl").read_bytes()
+    assert mirror.Mirror(uri, endpoint, "f" * 32).pull(there) is None  # as new a one is there
+
+    damaged = f"{kept.base}chunks/{hashlib.sha256(first[:1000]).hexdigest()}"
+    bucket.put(damaged, b"something else")
+    lines = []
+    found = mirror.Mirror(uri, endpoint, "f" * 32).pull(tmp_path / "third", lines.append)
+    assert found.name == f"{4:010d}" and re.search("step 6 in the store can't be used.*not what was sent", lines[0])
+    kept.clear()
+    assert list(bucket.names(kept.base)) == []
+
+
+def test_a_bucket_that_is_gone_does_not_stop_the_training(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.store._bucket.ATTEMPTS", 2)
+    kept, lines = mirror.Mirror("s3://no-such-bucket/p", endpoint, "f" * 32), []
+    kept.push(checkpoint(tmp_path, 2, {"a": b"1"}), lines.append)
+    kept.wait()
+    assert len(lines) == 1 and "step 2 stays on this host: " in lines[0] and "NoSuchBucket" in lines[0]
+
+
+def test_a_manifest_can_not_escape_its_folder(store, tmp_path):
+    base = "scratch/x/"
+    digest = hashlib.sha256(b"evil").hexdigest()
+    store.bucket.put(f"{base}chunks/{digest}", b"evil")
+    for name in ("../../../evil", "/evil", "a/../../evil"):
+        store.bucket.put(f"{base}0000000001.json", records.canonical({name: [digest]}))
+        with pytest.raises(CuveeError, match="outside the checkpoint"):
+            mirror.pull_checkpoint(store.bucket, base, "0000000001", tmp_path / "scratch")
+    assert not list(tmp_path.rglob("evil"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/never-made-by-a-checkpoint",)
+
+
+def test_a_checkpoint_from_a_bucket_can_not_run_code(store, tmp_path):
+    folder = checkpoint(tmp_path / "here", 1, {".metadata": pickle.dumps(Evil())})
+    kept = mirror.Mirror("", "", "f" * 32, store.bucket)
+    mirror.push_checkpoint(store.bucket, kept.base, folder)
+    lines = []
+    assert kept.pull(tmp_path / "there", lines.append) is None
+    assert "names posix.mkdir, which no checkpoint needs" in lines[0]
+    assert not os.path.exists("/tmp/never-made-by-a-checkpoint") and not list((tmp_path / "there" / "checkpoints").iterdir())
+
+
+def test_aliases_and_lineage_through_a_bucket(store, uri, endpoint, tmp_path):
+    parent = make(store, tmp_path / "1", "base", {"lr": 1e-3})
+    child = make(store, tmp_path / "2", "sft", {"lr": 1e-4}, {"init": parent})
+    store.set_alias("polished", child["fingerprint"])
+    other = S3Store(uri, tmp_path / "other", endpoint)
+    assert lineage.find(other, "polished") == child and list(lineage.verify(other, child)) == []
+    place = s3.place(parent)
+    other.bucket.put(f"{place}a.txt", b"weighty")
+    other.bucket.put(f"{place}extra", b"1")
+    other.bucket.delete(f"{place}sub/b.bin")
+    told = {line.split(": ", 1)[1] for line in lineage.verify(other, child)}
+    assert told == {"a.txt was changed (its SHA-256 is not the recorded one)", "extra is not in the record",
+                    "sub/b.bin is missing"}
