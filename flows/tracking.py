@@ -1,198 +1,226 @@
-"""MLflow: one run an artifact under the run of the flow, linked to the runs that made its inputs.
+"""The tracker: tells MLflow what stages do, from one background thread; no stage ever waits for it.
 
-Everything happens on one background thread and in batches: no stage ever waits for the tracker, and a tracker that is
-down costs a warning, not a run. Big files stay in the store; MLflow gets addresses, digests and the record.
+Every operation is first written to a journal in `<state>/tracking/`. While MLflow can't be reached the run goes on and
+the journal grows; it is delivered when MLflow is back, by this run or, after its end, by the next. Big files stay in the
+store: MLflow gets addresses, digests and the record.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
-import math
-import os
+import queue
+import re
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from flows._mlflow import Mlflow, described, tracking_uri
 from flows.config import state_dir
 from flows.graph import Node
-from stages.stage import Kind
-from stages.store import record as records
 
-MODELS = (Kind.CHECKPOINT.value, Kind.REWARD_MODEL.value, Kind.EXPORT.value)
-PARAM_BATCH, METRIC_BATCH, VALUE_LENGTH = 100, 1000, 500
+RETRY_SECONDS = 5.0
+ADDRESS_SECONDS = 60.0  # that a stage which is done waits for the address of its run, while MLflow answers
+IDLE_SECONDS = 2.0
 logger = logging.getLogger("cuvee.tracking")
 
 
-def tracking_uri() -> str:
-    """$MLFLOW_TRACKING_URI, or a SQLite file in the state directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state_dir() / 'mlflow.db'}"
+def redacted(text: object) -> str:
+    """The text without the user and password of an address."""
+    return re.sub(r"://[^/@\s]+@", "://***@", str(text))
+
+
+@dataclass(eq=False)
+class Run:
+    """A run of MLflow's that will be: `address` is known once `ready`."""
+
+    id: str
+    ready: threading.Event = field(default_factory=threading.Event)
+    address: dict[str, str] | None = None
+
+
+class Journal:
+    """Operations in the order in which they came, as JSON lines, and beside them what became of each.
+
+    The process that writes it holds a lock on it; one without a lock was left by a process that is gone.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._sent_path = path, path.with_suffix(".sent")
+        self._file = open(path, "a+b")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._file.seek(0)
+        self.operations = list(_lines(self._file.read()))
+        answers = list(_lines(self._sent_path.read_bytes())) if self._sent_path.exists() else []
+        self.sent = len(answers)
+        self.results = {self.operations[n]["run"]: made for n, made in enumerate(answers) if made}
+
+    def write(self, operation: dict[str, Any]) -> None:
+        self.operations.append(operation)
+        self._file.write(json.dumps(operation).encode() + b"\n")
+        self._file.flush()
+
+    def answered(self, made: dict[str, str] | None) -> None:
+        """The first operation that was not yet is done."""
+        self.operations[self.sent] = {k: self.operations[self.sent][k] for k in ("do", "run")}  # bounds the memory
+        self.sent += 1
+        with open(self._sent_path, "ab") as file:
+            file.write(json.dumps(made).encode() + b"\n")
+
+    def remove(self) -> None:
+        self.path.unlink()
+        self._sent_path.unlink(missing_ok=True)
+        self._file.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(data: bytes) -> Iterator[Any]:
+    """The JSON of every whole line: a kill may have cut the last one off."""
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        yield json.loads(line)
+
+
+def left() -> Iterator[Journal]:
+    """The journals of runs that have ended without delivering everything."""
+    for path in sorted((state_dir() / "tracking").glob("*.jsonl")):
+        try:
+            yield Journal(path)
+        except BlockingIOError:  # its run lives
+            pass
+
+
+def deliver_left() -> None:
+    """Tell MLflow what runs that have ended could not. Raises what MLflow's client raises."""
+    for journal in left():
+        try:
+            mlflow = Mlflow(journal.results)
+            while journal.sent < len(journal.operations):
+                journal.answered(_do(mlflow, journal.operations[journal.sent], again=True))
+            ended = {o["run"] for o in journal.operations if o["do"] in ("finish", "fail", "close")}
+            for run in [r for r in journal.results if r not in ended]:  # it was killed
+                mlflow.do({"do": "fail", "run": run, "status": "KILLED"}, again=True)
+            journal.remove()
+        finally:
+            journal.close()
+
+
+def try_left() -> None:
+    try:
+        deliver_left()
+    except Exception as error:
+        logger.warning("what earlier runs left for MLflow stays on disk: %s", redacted(error))
+
+
+def _do(mlflow: Mlflow, operation: dict[str, Any], again: bool) -> dict[str, str] | None:
+    """Do an operation; one that MLflow will never accept is given up with a warning."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return mlflow.do(operation, again)
+    except MlflowException as error:
+        if error.get_http_status_code() not in (400, 404):
+            raise
+        logger.warning("MLflow refuses to %s %s: %s", operation["do"], operation["run"], redacted(error))
+        return None
 
 
 class Tracker:
-    """Sends what stages do to MLflow. `start` and `finish` return at once; `close` waits for what is queued."""
+    """Tells MLflow what stages do. `start`, `progress`, `finish` and `fail` return at once; `close` waits for what is
+    queued while MLflow answers."""
 
     def __init__(self, conf: Any, flow_run: str, stages: int):
-        self.recipe, self.flow_run_id, self.stages = conf.recipe.name, flow_run, stages
         self.registered = set(conf.recipe.registered)
-        self._queue = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._failed = threading.Event()
-        self.flow_run: Future = self._submit(self._open)
+        self._journal = Journal(state_dir() / "tracking" / f"{flow_run}.jsonl")
+        self._mlflow = Mlflow(self._journal.results)
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._mutex, self._down, self._closing = threading.Lock(), False, threading.Event()
+        self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        self._thread.start()
+        recipe = conf.recipe.name
+        self._put(Run("flow"), "open", recipe=recipe, flow_run=flow_run, title=f"{recipe} ({stages} stages)")
 
-    def start(self, node: Node, parents: dict[str, Any]) -> Future:
-        return self._submit(self._start, node, parents)
+    def start(self, node: Node, parents: dict[str, Any]) -> Run:
+        run = Run(uuid.uuid4().hex)
+        self._put(run, "start", node=described(node, parents))
+        return run
 
-    def finish(self, run: Future, record: dict[str, Any]) -> None:
-        self._submit(self._finish, run, record)
-
-    def progress(self, run: Future, points: list[dict[str, float]]) -> None:
+    def progress(self, run: Run, points: list[dict[str, float]]) -> None:
         """Send points of a running stage: {"step", "time" in seconds, metric: value, ...} each."""
-        self._submit(self._metrics, run, points)
+        self._put(run, "metrics", points=points)
 
-    def fail(self, run: Future) -> None:
-        self._submit(lambda: run.result() and self.client.set_terminated(run.result()["run_id"], "FAILED"))
+    def table(self, run: Run, columns: dict[str, list[Any]]) -> None:
+        """Show a table of samples, column -> values."""
+        self._put(run, "table", columns=columns)
 
-    def address(self, run: Future) -> dict[str, str] | None:
-        """{"run_id", "model_id"?} for the record, or None when MLflow could not be reached."""
-        return run.result()
+    def finish(self, run: Run, record: dict[str, Any]) -> None:
+        self._put(run, "finish", record=record, registered=record["name"] in self.registered)
+
+    def fail(self, run: Run) -> None:
+        self._put(run, "fail")
+
+    def address(self, run: Run) -> dict[str, str] | None:
+        """{"run_id", "model_id"?} for the record, or None where MLflow can't be reached."""
+        run.ready.wait(0 if self._down else ADDRESS_SECONDS)
+        return {k: v for k, v in run.address.items() if k != "experiment"} if run.address else None
 
     def close(self) -> None:
-        self._submit(lambda: self.flow_run.result() and self.client.set_terminated(self.flow_run.result()["run_id"]))
-        self._queue.shutdown(wait=True)
-
-    def _submit(self, function: Any, *args: Any) -> Future:
-        def guarded() -> Any:
-            if self._failed.is_set():
-                return None
-            try:
-                return function(*args)
-            except Exception as error:
-                self._failed.set()
-                logger.warning("MLflow at %s failed, the run goes on without it: %s", tracking_uri(), error)
-                return None
-
-        return self._queue.submit(guarded)
-
-    def _open(self) -> dict[str, str]:
-        import mlflow
-
-        uri = tracking_uri()
-        # Asked before set_tracking_uri, which sets the variable. A server of the user's has a place of its own.
-        location = None if os.environ.get("MLFLOW_TRACKING_URI") else (state_dir() / "mlruns").as_uri()
-        mlflow.set_tracking_uri(uri)
-        self.mlflow, self.client = mlflow, mlflow.MlflowClient(uri)
-        found = self.client.get_experiment_by_name(self.recipe)
-        self.experiment = found.experiment_id if found else self.client.create_experiment(self.recipe, location)
-        mlflow.set_experiment(experiment_id=self.experiment)  # where create_external_model puts its models
-        run = self.client.create_run(self.experiment, run_name=f"{self.recipe} ({self.stages} stages)",
-                                     tags={"cuvee.flow_run": self.flow_run_id})
-        return {"run_id": run.info.run_id}
-
-    def _start(self, node: Node, parents: dict[str, Any]) -> dict[str, str]:
-        from mlflow.entities import Param, RunTag
-
-        tags = {"mlflow.parentRunId": self.flow_run.result()["run_id"], "cuvee.stage": node.stage,
-                "cuvee.fingerprint": node.fingerprint, "cuvee.kind": node.kind.value,
-                "mlflow.note.content": _note(node, parents)}
-        run = self.client.create_run(self.experiment, run_name=node.name,
-                                     tags={k: v[:5000] for k, v in tags.items()})
-        params = [Param(k, str(v)[:VALUE_LENGTH]) for k, v in _flatten(node.identity)]
-        for at in range(0, len(params), PARAM_BATCH):
-            self.client.log_batch(run.info.run_id, params=params[at : at + PARAM_BATCH])
-        inputs = [RunTag(f"cuvee.input.{arg}", one["fingerprint"]) for arg, one in
-                  records.parents({"inputs": node.map_inputs(lambda n: {"fingerprint": n.fingerprint})})]
-        self.client.log_batch(run.info.run_id, tags=inputs)
-        self._link_inputs(run.info.run_id, node, parents)
-        address = {"run_id": run.info.run_id}
-        if node.kind.value in MODELS:
-            model = self.mlflow.create_external_model(
-                name=node.name, source_run_id=run.info.run_id, tags={"cuvee.fingerprint": node.fingerprint})
-            address["model_id"] = model.model_id
-        return address
-
-    def _link_inputs(self, run_id: str, node: Node, parents: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
-
-        models, datasets = [], []
-        for arg, one in records.parents({"inputs": node.map_inputs(lambda n: {"fingerprint": n.fingerprint})}):
-            record = parents[one["fingerprint"]]
-            address = record.get("mlflow") or {}
-            if "model_id" in address:
-                models.append(LoggedModelInput(address["model_id"]))
-            else:
-                data = Dataset(name=record["name"], digest=record["digest"][:32], source_type="cuvee",
-                               source=records.canonical({"fingerprint": record["fingerprint"],
-                                                         "run_id": address.get("run_id", "")}).decode())
-                datasets.append(DatasetInput(data, [InputTag("mlflow.data.context", arg)]))
-        if models or datasets:
-            self.client.log_inputs(run_id, models=models or None, datasets=datasets or None)
-
-    def _metrics(self, run: Future, points: list[dict[str, float]]) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [Metric(name, value, int(point["time"] * 1000), int(point["step"])) for point in points
-                   for name, value in point.items() if name not in ("step", "time") and math.isfinite(value)]
-        for at in range(0, len(metrics) if run.result() else 0, METRIC_BATCH):
-            self.client.log_batch(run.result()["run_id"], metrics=metrics[at : at + METRIC_BATCH])
-
-    def _finish(self, run: Future, record: dict[str, Any]) -> None:
-        from mlflow.entities import LoggedModelOutput, Metric, RunTag
-
-        address = run.result()
-        if address is None:
-            return
-        run_id, ended = address["run_id"], _milliseconds(record["ended"])
-        points = [Metric(name, value, ended, int(step)) for name, series in record["series"].items()
-                  for step, value in series]
-        points += [Metric(f"final/{name}", value, ended, 0) for name, value in record["metrics"].items()]
-        points.append(Metric("seconds", record["seconds"], ended, 0))
-        for at in range(0, len(points), METRIC_BATCH):
-            self.client.log_batch(run_id, metrics=points[at : at + METRIC_BATCH])
-        self.client.log_batch(run_id, tags=[RunTag("cuvee.digest", record["digest"])])
-        self.client.log_dict(run_id, record, records.NAME)
-        if "model_id" in address:
-            self.client.log_outputs(run_id, [LoggedModelOutput(address["model_id"], step=0)])
-            self.client.finalize_logged_model(address["model_id"], "READY")
-        if record["name"] in self.registered:
-            self._register(record, address)
-        self.client.set_terminated(run_id, end_time=ended)
-
-    def _register(self, record: dict[str, Any], address: dict[str, str]) -> None:
-        """A new version of the recipe's registered model, with the artifact's name as its alias."""
-        from mlflow.exceptions import MlflowException
-
-        name = f"cuvee-{self.recipe}".replace("_", "-")
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException:
-            pass  # it exists
-        above = {f"cuvee.input.{arg}": parent["fingerprint"] for arg, parent in records.parents(record)}
-        version = self.client.create_model_version(
-            name, source=f"models:/{address['model_id']}", run_id=address["run_id"], model_id=address["model_id"],
-            tags={"cuvee.fingerprint": record["fingerprint"], **above})
-        self.client.set_registered_model_alias(name, record["name"], version.version)
-
-
-def _note(node: Node, parents: dict[str, Any]) -> str:
-    """Markdown for the run page: what made this artifact, with links to the runs of its inputs."""
-    lines = [f"`{node.stage}` makes **{node.name}** (`{node.fingerprint}`)", ""]
-    for arg, one in records.parents({"inputs": node.map_inputs(lambda n: {"fingerprint": n.fingerprint})}):
-        record = parents[one["fingerprint"]]
-        run = (record.get("mlflow") or {}).get("run_id")
-        label = f"[{record['name']}](#/runs/{run})" if run else record["name"]
-        lines.append(f"- {arg}: {label} `{one['fingerprint'][:12]}`")
-    return "\n".join(lines)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found += _flatten(value, f"{prefix}{key}.")
+        self._put(Run("flow"), "close")
+        self._queue.put(None)
+        self._closing.set()
+        self._thread.join()
+        if self._journal.sent < len(self._journal.operations):
+            logger.warning("MLflow at %s could not be reached; what it was not told is kept in %s, and the next run "
+                           "delivers it", redacted(tracking_uri()), self._journal.path)
+            self._journal.close()
         else:
-            found.append((prefix + key, value))
-    return found
+            self._journal.remove()
 
+    def _put(self, run: Run, do: str, **values: Any) -> None:
+        with self._mutex:  # the journal and the queue have one order
+            self._journal.write({"do": do, "run": run.id, **values})
+            self._queue.put(run)
 
-def _milliseconds(iso: str) -> int:
-    return int(datetime.fromisoformat(iso).timestamp() * 1000)
+    def _deliver(self) -> None:
+        """In the thread: one operation after the other; what earlier runs left when there is nothing to do."""
+        old_are_due = True
+        while True:
+            try:
+                run = self._queue.get(timeout=IDLE_SECONDS if old_are_due else None)
+            except queue.Empty:
+                old_are_due = False
+                try_left()
+                continue
+            if run is None or not self._send(run):
+                break
+        if not self._down:
+            try_left()
+
+    def _send(self, run: Run) -> bool:
+        """Do the next operation, however long it takes; False where this run ends before it could be done."""
+        again = last = False
+        while True:
+            try:
+                made = _do(self._mlflow, self._journal.operations[self._journal.sent], again)
+            except Exception as error:
+                if not self._down:
+                    logger.warning("MLflow at %s can't be reached, the run goes on; what it is not told is kept in %s: %s",
+                                   redacted(tracking_uri()), self._journal.path.parent, redacted(error))
+                self._down = again = True
+                if last:
+                    return False
+                last = self._closing.wait(RETRY_SECONDS)
+                continue
+            if self._down:
+                logger.warning("MLflow answers again")
+            self._down = False
+            self._journal.answered(made)
+            run.address = run.address or made
+            run.ready.set()
+            return True

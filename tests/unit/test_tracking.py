@@ -1,0 +1,149 @@
+"""The tracker before an MLflow that is there, dies, or was never there."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+
+from flows import services, tracking
+from flows.graph import Node
+from stages import stage as stages
+from stages.store import record as records
+
+CONF = SimpleNamespace(recipe=SimpleNamespace(name="a_recipe", registered=["base"]))
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUVEE_STATE", str(tmp_path))
+    for name, value in services.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
+    yield tmp_path
+    mlflow.set_tracking_uri(None)
+
+
+def node(name, kind_of, **inputs):
+    return Node(name, kind_of, stages.load(kind_of).Config(), inputs)
+
+
+CORPUS = node("corpus", "data.curate")
+TOKENIZER = node("tokenizer", "data.tokenizer", corpus=CORPUS)
+MODEL = node("base", "merge.soup", models={"only": node("only", "train.pretrain", tokens=CORPUS)})  # a checkpoint
+
+
+def published(made, tracker, run, **series):
+    return records.seal({
+        "fingerprint": made.fingerprint, "name": made.name, "inputs": {}, "metrics": {"loss": 1.0}, "series": series,
+        "ended": "2026-01-01T00:00:00.000+00:00", "seconds": 1.0, "mlflow": tracker.address(run)})
+
+
+def steps(first, last):
+    return [{"step": step, "time": 1.7e9 + step, "loss": 1.0 / step} for step in range(first, last + 1)]
+
+
+def runs(uri):
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("a_recipe").experiment_id
+    return client, {run.info.run_name: run for run in client.search_runs([experiment])}, len(client.search_runs([experiment]))
+
+
+def test_a_server_killed_in_the_middle_loses_nothing_and_holds_nothing_up(state, monkeypatch):
+    port, log = services.free_port(), state / "mlflow.log"
+    url = f"http://127.0.0.1:{port}"
+
+    def serve():
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # to the server it would be the database
+        process = services.start_mlflow(port, log)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        services.wait_for(process, f"{url}/health", log, "MLflow")
+        return process
+
+    server = serve()  # keeps its runs in SQLite in the state directory
+    try:
+        tracker = tracking.Tracker(CONF, "flow-1", 2)
+        corpus = tracker.start(CORPUS, {})
+        tracker.progress(corpus, steps(1, 5))
+        first = published(CORPUS, tracker, corpus)
+        assert first["mlflow"]["run_id"]
+        os.killpg(server.pid, 9)
+        server.wait()
+        tracker.progress(corpus, steps(6, 10))
+        deadline = time.monotonic() + 60
+        while not tracker._down:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        began = time.monotonic()
+        tokenizer = tracker.start(TOKENIZER, {CORPUS.fingerprint: first})
+        second = published(TOKENIZER, tracker, tokenizer)
+        tracker.finish(corpus, first)
+        tracker.finish(tokenizer, second)
+        assert second["mlflow"] is None and time.monotonic() - began < 1
+        server = serve()
+        tracker.close()
+    finally:
+        services.stop(server)
+    client, found, count = runs(f"sqlite:///{state / 'mlflow.db'}")
+    assert count == 3 and {run.info.status for run in found.values()} == {"FINISHED"}
+    history = client.get_metric_history(found["corpus"].info.run_id, "loss")
+    assert sorted({point.step for point in history}) == list(range(1, 11))
+    assert found["tokenizer"].data.tags["mlflow.parentRunId"] == found["a_recipe (2 stages)"].info.run_id
+    assert "corpus" in found["tokenizer"].data.tags["mlflow.note.content"]
+    assert not list((state / "tracking").iterdir())
+
+
+def test_what_a_run_could_not_tell_the_next_one_tells_once(state, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:canary-7731@127.0.0.1:{services.free_port()}")
+    tracker = tracking.Tracker(CONF, "flow-1", 3)
+    run = tracker.start(MODEL, {parent.fingerprint: {"name": parent.name, "fingerprint": parent.fingerprint,
+                                                     "digest": "0" * 64} for parent in MODEL.parents})
+    tracker._down = True
+    record = published(MODEL, tracker, run, loss=[[1, 2.0], [2, 1.0]])
+    tracker.finish(run, record)
+    killed = tracker.start(CORPUS, {})
+    tracker.progress(killed, steps(1, 3))
+    tracker.close()
+    assert "is kept in" in caplog.text and "canary-7731" not in caplog.text
+    (journal,) = (state / "tracking").glob("*.jsonl")
+    with open(journal, "ab") as file:
+        file.write(b'{"do": "metrics", "run": "cut o')  # by a kill
+    uri = f"sqlite:///{state / 'other.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracking.deliver_left()
+    tracking.deliver_left()
+    client, found, count = runs(uri)
+    assert count == 3 and found["base"].info.status == "FINISHED" and found["corpus"].info.status == "KILLED"
+    version = client.get_model_version_by_alias("cuvee-a-recipe", "base")
+    assert version.run_id == found["base"].info.run_id and version.version == "1" or version.version == 1
+    assert len(client.get_metric_history(found["corpus"].info.run_id, "loss")) == 3
+    assert not list((state / "tracking").glob("*"))
+
+
+def test_an_operation_whose_answer_was_lost_is_not_done_twice(state, monkeypatch):
+    uri = f"sqlite:///{state / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    done = tracking.Mlflow({})
+    operations = [{"do": "open", "run": "flow", "recipe": "a_recipe", "flow_run": "f", "title": "t"},
+                  {"do": "start", "run": "r", "node": tracking.described(MODEL, {p.fingerprint: {
+                      "name": p.name, "fingerprint": p.fingerprint, "digest": "0" * 64} for p in MODEL.parents})}]
+    for operation in operations:
+        assert done.do(operation, again=False) == done.do(operation, again=True)
+    record = records.seal({"fingerprint": MODEL.fingerprint, "name": "base", "inputs": {}, "metrics": {}, "series": {},
+                           "ended": "2026-01-01T00:00:00.000+00:00", "seconds": 1.0})
+    for again in (False, True):
+        done.do({"do": "table", "run": "r", "columns": {"prompt": ["Hi", "Ho"], "reward": [1.0, 0.0]}}, again)
+        done.do({"do": "finish", "run": "r", "record": record, "registered": True}, again)
+    client, _, count = runs(uri)
+    table = mlflow.load_table("samples.json", run_ids=[done.results["r"]["run_id"]])
+    assert table.to_dict("list") == {"prompt": ["Hi", "Ho"], "reward": [1.0, 0.0]}
+    assert count == 2 and len(client.search_model_versions("name = 'cuvee-a-recipe'")) == 1
+
+
+def test_a_living_runs_journal_is_left_alone(state):
+    journal = tracking.Journal(state / "tracking" / "living.jsonl")
+    assert list(tracking.left()) == []
+    journal.close()
+    assert [one.path.name for one in tracking.left()] == ["living.jsonl"]
