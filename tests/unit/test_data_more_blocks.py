@@ -263,7 +263,9 @@ def test_the_classifier_finds_what_is_like_the_good_ones(tmp_path, monkeypatch):
     alike = select("classifier", documents, classifier.Config(good=config.good, sample=1.0, min_score=0.2))
     assert sum((not reason) == (i % 4 == 0) for i, reason in enumerate(alike)) >= 380
     with pytest.raises(ConfigError, match="good: is empty"):
-        classifier.external(classifier.Config())
+        curate.check(parse(curate.Config, {"blocks": ["classifier", "split"]}, "data"), {})
+    with pytest.raises(ConfigError, match="good: 0 documents against [0-9]+ others are too few"):
+        select("classifier", documents, classifier.Config(sample=0.2))
     with pytest.raises(ConfigError, match="upsample"):
         classifier.check(classifier.Config(upsample=[[3, 2]]))
 

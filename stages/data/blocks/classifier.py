@@ -1,7 +1,9 @@
-"""A quality classifier trained on the spot: documents like the user's good ones, against the corpus' own mean.
+"""A quality classifier trained on the spot: documents like the user's good ones, against the corpus' own mean; or documents
+that a judge gave a good score (data.judge), against those that it did not.
 
 Logistic regression over hashed words and word pairs (log counts, unit length), as FastText's supervised mode does with
-n-grams. Good documents come from `good` (files, folders, s3://); the others are a sample of the corpus. The score is the
+n-grams. Good documents come from `good` (files, folders, s3://), the others are a sample of the corpus; where there are
+`labels`, both come from them. The score is the
 probability at even odds: `min_score` removes what is below, `upsample` repeats what is above ("educational" documents).
 """
 
@@ -10,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from stages.data.blocks._labels import read, sources
 from stages.data.document import Document
 from stages.data.join import Keys, State
 from stages.data.source import find
+from stages.data.thresholds import Scored
 from stages.data.words import cut, spans
 from stages.stage import ConfigError, option, placement
 
@@ -25,6 +29,8 @@ STEPS, RATE, MOMENTUM, DECAY, MIN_DOCUMENTS = 200, 2.0, 0.9, 1e-4, 3
 @dataclass
 class Config:
     good: list[str] = placement([], "files, folders, s3:// prefixes with documents as they should be")
+    labels: list[str] = placement([], "instead: JSON lines or Parquet with text and score, e.g. the artifact of data.judge")
+    min_label: float = option(3.0, "smallest score of a labelled document that is good")
     sample: float = option(0.01, "share of the corpus that stands for the others; at most 10,000 documents")
     sample_characters: int = option(4000, "characters looked at in each document")
     min_score: float = option(0.1, "smallest score of a document that stays; 0 = all stay")
@@ -43,11 +49,8 @@ def check(config: Config) -> None:
 
 
 def external(config: Config) -> list[dict[str, Any]]:
-    """The identity of the good documents. Raises ConfigError without any."""
-    if not config.good:
-        raise ConfigError("options.classifier.good: is empty; name files with documents as they should be, or leave "
-                          "out the block")
-    return [source.identity() for source in find(config.good, 0, 0, 0)]
+    """The identity of the good documents and the labels."""
+    return [source.identity() for source in find(config.good, 0, 0, 0) + sources(config.labels)]
 
 
 def features(documents: list[Document], config: Config) -> np.ndarray:
@@ -80,6 +83,8 @@ def keys(documents: list[Document], config: Config) -> np.ndarray:
         digest = blake2b(f"{config.seed}:{document.id}".encode("utf-8", "replace"), digest_size=8).digest()
         return int.from_bytes(digest)
 
+    if config.labels:
+        return np.empty(0, ROW)
     draws = [(i, draw(document)) for i, document in enumerate(documents) if not document.split]
     chosen = [(i, value) for i, value in draws if value < config.sample * 2**64]
     rows = features([documents[i] for i, _ in chosen], config)
@@ -89,34 +94,53 @@ def keys(documents: list[Document], config: Config) -> np.ndarray:
     return rows
 
 
-def _sample(keys: Keys) -> np.ndarray:
-    """The rows of the LARGEST documents with the smallest draws."""
+def sampled(keys: Keys) -> np.ndarray:
+    """The rows of the LARGEST documents with the smallest draws, numbered from 0."""
     draws = np.empty(0, np.uint64)
     for rows in keys.parts():
         draws = np.unique(np.concatenate([draws, rows["draw"]]))[:LARGEST]
     last = draws[-1] if len(draws) else 0
-    return np.concatenate([np.empty(0, ROW), *(rows[rows["draw"] <= last] for rows in keys.parts())])
+    found = np.concatenate([np.empty(0, ROW), *(rows[rows["draw"] <= last] for rows in keys.parts())])
+    _, found["document"] = np.unique(found["document"], return_inverse=True)
+    return found
 
 
 def join(keys: Keys, config: Config, state: State) -> None:
     """`weights` [2^BITS + 1]: of the features, then the constant."""
-    shards = [shard for source in find(config.good, 0, 0, 0) for shard in source.shards("")]
-    good = [document for shard in shards for document in shard.documents() if not document.fault]
-    parts, count = [], 0
-    for start in range(0, len(good), 1024):
-        rows = features(good[start : start + 1024], config)
-        rows["document"] += start
-        parts.append(rows)
-    positive = np.concatenate(parts)
-    others = _sample(keys)
-    names, others["document"] = np.unique(others["document"], return_inverse=True)
-    if not len(names) or not good:
-        raise ConfigError(f"options.classifier: {len(good)} good documents and {len(names)} of the corpus are too "
-                          "few; give more of them in good, or a larger sample")
-    count = len(good)
-    others["document"] += count
-    labels = np.arange(count + len(names)) < count
-    state.array("weights", np.float64, (1 << BITS) + 1)[:] = train(np.concatenate([positive, others]), labels)
+    if config.labels:
+        good, bad = [], []
+        for document, value in read(config.labels):
+            (good if value >= config.min_label else bad).append(document)
+        found = fit(_rows(good, config), [_rows(bad, config)], f"options.classifier.labels with min_label={config.min_label:g}")
+    else:
+        found = fit(from_sources(config.good, config), [sampled(keys)], "options.classifier.good")
+    state.array("weights", np.float64, len(found))[:] = found
+
+
+def fit(good: np.ndarray, others: list[np.ndarray], where: str) -> np.ndarray:
+    """Weights that tell the documents of `good` from the others, each numbered from 0. Raises ConfigError without any."""
+    parts, counts = [good, *others], [int(rows["document"].max(initial=-1)) + 1 for rows in (good, *others)]
+    if not counts[0] or not sum(counts[1:]):
+        raise ConfigError(f"{where}: {counts[0]} documents against {sum(counts[1:])} others are too few to learn from; give more of "
+                          "them, or a larger sample")
+    for rows, first in zip(parts[1:], np.cumsum(counts)[:-1].tolist(), strict=True):
+        rows["document"] += first
+    return train(np.concatenate(parts), np.arange(sum(counts)) < counts[0])
+
+
+def from_sources(names: list[str], config: Config) -> np.ndarray:
+    """The features of all documents of some sources."""
+    shards = [shard for source in find(names, 0, 0, 0) for shard in source.shards("")]
+    return _rows([document for shard in shards for document in shard.documents() if not document.fault], config)
+
+
+def _rows(documents: list[Document], config: Config) -> np.ndarray:
+    """The features of many documents."""
+    parts = [np.empty(0, ROW)]
+    for start in range(0, len(documents), 1024):
+        parts.append(features(documents[start : start + 1024], config))
+        parts[-1]["document"] += start
+    return np.concatenate(parts)
 
 
 def train(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -147,6 +171,6 @@ def apply(documents: list[Document], places: np.ndarray, config: Config, state: 
     scores = score(features(documents, config), np.asarray(state["weights"]), len(documents)).tolist()
     reasons = []
     for document, value in zip(documents, scores, strict=True):
-        reasons.append(f"quality: {value:.2f}" if value < config.min_score else "")
+        reasons.append(Scored(f"quality: {value:.2f}" if value < config.min_score else "", value, config.min_score))
         document.repeat = max([int(copies) for least, copies in config.upsample if value >= least], default=document.repeat)
     return reasons
