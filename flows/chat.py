@@ -16,7 +16,8 @@ HELP = "/reset starts a new conversation, /safety CONTEXTUAL|STRICT|NONE sets th
 class Speaker:
     """A checkpoint folder that answers messages, token by token."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, engine: Any = None) -> None:
+        """engine: a rollout engine of transformers, whose model this one then is."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -25,8 +26,10 @@ class Speaker:
 
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = extend(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if engine is None:
+            model = extend(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).eval()
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = engine.model if engine else model
         self.stop = {self.tokenizer.eos_token_id}
         self.context = int(self.model.config.max_position_embeddings)
 
@@ -43,24 +46,30 @@ class Speaker:
         return ids
 
     def reply(
-        self, ids: list[int], *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-    ) -> Reply:
+        self, ids: list[int], *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        top: int | None = None,
+    ) -> Reply:  # fmt: skip
         """The answer to the prompt `ids`. temperature 0 takes the likeliest token; otherwise a token is drawn from the
-        smallest set that holds `top_p` of the probability."""
+        smallest set that holds `top_p` of the probability. top: the reply also tells log-probabilities, and so many of the
+        likeliest tokens."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
         room = min(max_new_tokens, self.context - len(ids))
-        return Reply(self, ids, room, lambda logits: _choose(logits, temperature, top_p, generator))
+        return Reply(self, ids, room, lambda logits: _choose(logits, temperature, top_p, generator), top)
 
 
 class Reply:
     """Pieces of text, made while it is iterated. Then `finish` says why it ended ("stop" at the end of the turn,
-    "length" at the limit of tokens) and `tokens` how many were made."""
+    "length" at the limit of tokens) and `tokens` how many were made. With `top`, `told` has of each token made
+    (id, nats, [(id, nats) of the likeliest]), at temperature 1; whoever reads it may empty it."""
 
-    def __init__(self, speaker: Speaker, ids: list[int], room: int, choose: Callable[[Any], int]) -> None:
-        self.speaker, self.ids, self.room, self.choose = speaker, ids, room, choose
+    def __init__(
+        self, speaker: Speaker, ids: list[int], room: int, choose: Callable[[Any], int], top: int | None = None
+    ) -> None:
+        self.speaker, self.ids, self.room, self.choose, self.top = speaker, ids, room, choose, top
         self.finish, self.tokens = "length", 0
+        self.told: list[tuple[int, float, list[tuple[int, float]]]] = []
 
     def __iter__(self) -> Iterator[str]:
         tokenizer, new, shown = self.speaker.tokenizer, [], ""
@@ -81,8 +90,14 @@ class Reply:
             with torch.inference_mode():
                 ids = torch.tensor([step], device=model.device)
                 out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token, cache = self.choose(out.logits[0, -1, :known].float().cpu()), out.past_key_values
+            logits, cache = out.logits[0, -1].float().cpu(), out.past_key_values
+            token = self.choose(logits[:known])
             self.tokens += 1
+            if self.top is not None:
+                nats = logits.log_softmax(-1)[:known]
+                best = nats.topk(min(self.top, known))
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                self.told.append((token, float(nats[token]), list(pairs)))
             if token in self.speaker.stop:
                 self.finish = "stop"
                 return

@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint for one checkpoint, on loopback: `cuvee serve polished`.
 
-/v1/models and /v1/chat/completions (streaming too): to try a model out with any client. For traffic, give the exported
-folder to a serving engine.
+/v1/models and /v1/chat/completions (streaming too): to try a model out with any client. With --rollouts it is also an
+engine for reinforcement learning (flows/completions.py). For traffic, give the exported folder to a serving engine.
 """
 
 import json
@@ -53,6 +53,8 @@ class ChatRequest(BaseModel):
     n: Literal[1] = 1
     stream: bool = False
     stream_options: dict | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
     user: str | None = None
     safety_mode: Literal["CONTEXTUAL", "STRICT", "NONE"] = "CONTEXTUAL"
 
@@ -63,9 +65,10 @@ class ChatRequest(BaseModel):
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
-def app(folder: Path, name: str = "") -> FastAPI:
+def app(folder: Path, name: str = "", rollouts: bool = False) -> FastAPI:
     """The web application for the checkpoint in `folder`, which clients call `name` (default: the folder's name)."""
-    speaker, name = Speaker(folder), name or folder.name
+    engine = _engine(folder) if rollouts else None
+    speaker, name = Speaker(folder, engine), name or folder.name
     api = FastAPI(title=f"Cuvee: {name}", docs_url=None, redoc_url=None)
     # Another site's page must not reach this endpoint under a name of its own that resolves to 127.0.0.1.
     api.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
@@ -89,7 +92,20 @@ def app(folder: Path, name: str = "") -> FastAPI:
         turn = Turn(speaker, name, request, ids)
         return StreamingResponse(turn.stream(), media_type="text/event-stream") if request.stream else turn.whole()
 
+    if engine:
+        from flows import completions
+
+        completions.add(api, engine, name)
     return api
+
+
+def _engine(folder: Path) -> Any:
+    import torch
+
+    from stages.rollout.engines.transformers import Engine
+    from stages.stage import Context
+
+    return Engine(folder, Context(scratch=folder, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _refuse(message: str) -> JSONResponse:
@@ -104,8 +120,9 @@ class Turn:
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         limit = request.max_completion_tokens or request.max_tokens or speaker.context
         self.reply = speaker.reply(
-            ids, max_new_tokens=limit, temperature=request.temperature, top_p=request.top_p, seed=request.seed
-        )
+            ids, max_new_tokens=limit, temperature=request.temperature, top_p=request.top_p, seed=request.seed,
+            top=request.top_logprobs if request.logprobs else None,
+        )  # fmt: skip
 
     def _usage(self) -> dict[str, int]:
         read, made = self.prompt_tokens, self.reply.tokens
@@ -113,7 +130,7 @@ class Turn:
 
     def whole(self) -> dict:
         message = {"role": "assistant", "content": "".join(self.reply)}
-        choice = {"index": 0, "message": message, "finish_reason": self.reply.finish}
+        choice = {"index": 0, "message": message, "finish_reason": self.reply.finish, **self._told()}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
     def stream(self) -> Iterator[str]:
@@ -126,13 +143,26 @@ class Turn:
         yield "data: [DONE]\n\n"
 
     def _event(self, delta: dict, finish: str | None = None) -> str:
-        return self._data({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+        return self._data({"choices": [{"index": 0, "delta": delta, "finish_reason": finish, **self._told()}]})
+
+    def _told(self) -> dict[str, Any]:
+        """Log-probabilities of the tokens made since the last time, where they were asked for."""
+        if not self.request.logprobs:
+            return {}
+        told, self.reply.told = self.reply.told, []
+
+        def shown(token: int, nats: float) -> dict[str, Any]:
+            text = self.reply.speaker.tokenizer.decode([token])
+            return {"token": text, "logprob": nats, "bytes": list(text.encode())}
+
+        content = [{**shown(token, nats), "top_logprobs": [shown(*pair) for pair in top]} for token, nats, top in told]
+        return {"logprobs": {"content": content}}
 
     def _data(self, body: dict) -> str:
         return "data: " + json.dumps({**self.head, "object": "chat.completion.chunk", **body}) + "\n\n"
 
 
-def serve(folder: Path, name: str = "", port: int = 8000) -> int:
+def serve(folder: Path, name: str = "", port: int = 8000, rollouts: bool = False) -> int:
     """Serve until Ctrl-C. Raises CuveeError when the port is taken."""
     import socket
 
@@ -145,5 +175,5 @@ def serve(folder: Path, name: str = "", port: int = 8000) -> int:
         except OSError as error:
             raise CuveeError(f"port {port} can't be used ({error.strerror}); give another with --port") from None
     print(f"http://127.0.0.1:{port}/v1 serves {name or folder.name}; Ctrl-C ends", flush=True)
-    uvicorn.run(app(folder, name), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(app(folder, name, rollouts), host="127.0.0.1", port=port, log_level="warning")
     return 0

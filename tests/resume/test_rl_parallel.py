@@ -1,4 +1,4 @@
-"""Reinforcement learning in two data-parallel processes: one samples for both, and all is as with a single one."""
+"""Reinforcement learning in two data-parallel processes: each samples its part, and all is as with a single one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,17 @@ def rank_main(rank: int, world: int, port: int, root: Path, start: Path, prompts
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    from stages.rollout._collect import Sampler
+
+    call, asked = Sampler.__call__, []
+    Sampler.__call__ = lambda self, prompts, *more: asked.append(len(prompts)) or call(self, prompts, *more)
     stage = load("train.rl")
     inputs = {"init": artifact(start, Kind.CHECKPOINT), "prompts": {"math": artifact(prompts, Kind.PROMPTS)}}
-    metrics = stage.run(parse(stage.Config, VALUES, "rl"), inputs, root / "out", Context(root / "scratch"))
-    (root / "out/metrics.json").write_text(json.dumps(metrics))
+    try:
+        metrics = stage.run(parse(stage.Config, VALUES, "rl"), inputs, root / "out", Context(root / "scratch"))
+        (root / "out/metrics.json").write_text(json.dumps(metrics))
+    finally:
+        (root / f"asked-{rank}.json").write_text(json.dumps(asked))
 
 
 def launch(world: int, root: Path, *paths: Path) -> Path:
@@ -54,5 +61,7 @@ def test_two_processes_equal_one(tmp_path):
     assert losses(two) == pytest.approx(losses(one), abs=1e-5) and len(losses(one)) == 3
     sampled = [[json.loads(line) for line in (r / "out/rollouts.jsonl").read_text().splitlines()] for r in (one, two)]
     assert [row["tokens"] for row in sampled[0]] == [row["tokens"] for row in sampled[1]]
+    asked = [json.loads((two / f"asked-{rank}.json").read_text()) for rank in range(2)]
+    assert asked == [[6, 3], [6, 3]] or asked == [[6, 6], [6, 6]]
     found, expected = (json.loads((r / "out/metrics.json").read_text()) for r in (two, one))
     assert found["reward_last"] == pytest.approx(expected["reward_last"])

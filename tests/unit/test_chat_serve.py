@@ -7,6 +7,7 @@ import json
 
 import pytest
 import tiny
+import torch
 
 from flows.chat import Speaker, chat
 from stages.stage import CuveeError
@@ -116,6 +117,23 @@ def test_completion(client, speaker):
     assert body["usage"]["completion_tokens"] == 12 and body["object"] == "chat.completion"
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
     assert ask(client, messages=parts).json()["choices"] == body["choices"]
+
+
+def test_log_probabilities_as_openai_gives_them(client, speaker):
+    """Of each token; the same streamed; greedy takes the likeliest."""
+    whole = ask(client, logprobs=True, top_logprobs=3).json()["choices"][0]["logprobs"]["content"]
+    assert len(whole) == 12
+    for one in whole:
+        assert one["logprob"] == one["top_logprobs"][0]["logprob"] and one["token"] == one["top_logprobs"][0]["token"]
+        assert [t["logprob"] for t in one["top_logprobs"]] == sorted((t["logprob"] for t in one["top_logprobs"]), reverse=True)
+        assert bytes(one["bytes"]).decode() == one["token"]
+    ids = speaker.prompt(HELLO)
+    with torch.inference_mode():
+        first = speaker.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).max()
+    assert whole[0]["logprob"] == pytest.approx(float(first), abs=1e-4)
+    events = ask(client, logprobs=True, top_logprobs=3, stream=True).text.split("\n\n")[:-2]
+    chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert [one for chunk in chunks for one in chunk["logprobs"]["content"]] == whole
 
 
 def test_stream_says_the_same_piece_by_piece(client):

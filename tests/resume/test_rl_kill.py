@@ -1,0 +1,86 @@
+"""Kill reinforcement learning anywhere, start it again: the same model and the same rollouts as without the kill."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from stages.stage import Context, Kind, load, parse
+from tests.resume import trainer_run
+from tests.resume.test_trainer_parallel import FORKS
+from tests.unit.tiny import artifact, checkpoint, jsonl
+
+FORKS.set_forkserver_preload([*trainer_run.PRELOAD, "transformers.models.cohere2.modeling_cohere2", "stages.train.rl",
+                              "stages.rollout.engines.transformers", "stages.train._rollouts"])  # fmt: skip
+VALUES = {
+    "sequence_length": 128, "steps": 8, "batch_groups": 4, "completions": 3, "max_new_tokens": 6, "lr": 1e-3,
+    "rollout_every": 2, "off_policy": True, "with_answer": True, "schedule": "constant", "log_every": 1, "save_every": 3,
+    "options": {"beta": 0.05},
+}  # fmt: skip
+
+
+def main(root: Path, start: Path, prompts: Path, moment: str = "", number: int = 0) -> None:
+    """moment, number: SIGKILL when this is done for the number-th time (from 1)."""
+    import torch
+
+    from stages.rollout.engines.transformers import Engine
+    from stages.train import _rollouts
+    from stages.trainer import checkpoint as checkpoints
+
+    torch.set_num_threads(1)
+    places = {
+        "sync": (Engine, "sync_weights"), "sample": (Engine, "generate"), "write": (_rollouts, "write_jsonl"),
+        "read": (_rollouts, "read_jsonl"), "save": (checkpoints, "_commit"),
+    }  # fmt: skip
+    if moment:
+        owner, name = places[moment]
+        done, count = getattr(owner, name), iter(range(1, 1000))
+        dies = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else done(*a, **k)  # noqa: E731
+        setattr(owner, name, dies)
+    stage = load("train.rl")
+    inputs = {"init": artifact(start, Kind.CHECKPOINT), "prompts": {"math": artifact(prompts, Kind.PROMPTS)}}
+    stage.run(parse(stage.Config, VALUES, "rl"), inputs, root / "out", Context(root / "scratch"))
+
+
+def run(root: Path, *arguments, seconds: float = 100) -> int:
+    """The exit status; ended by SIGKILL after `seconds`."""
+    for name in ("out", "scratch"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    process = FORKS.Process(target=main, args=(root, *arguments))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    rows = [{"id": f"n{i}", "domain": "math", "messages": [{"role": "user", "content": f"Pick {i}"}],
+             "answer": str(i % 10), "check": {"number": 7}} for i in range(24)]  # fmt: skip
+    for name in ("train", "heldout"):
+        jsonl(root / f"prompts/{name}.jsonl", rows)
+    checkpoint(root / "start")
+    return root / "start", root / "prompts"
+
+
+def outcome(root: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((root / "out").iterdir())}
+
+
+def test_killed_at_named_and_at_random_moments(tmp_path, inputs):
+    assert run(tmp_path / "whole", *inputs) == 0
+    root, rng = tmp_path / "killed", random.Random(0)
+    moments = [("sync", 2), ("sample", 1), ("write", 1), ("save", 1), ("read", 2), ("save", 2)]
+    for moment in moments:
+        assert run(root, *inputs, *moment) == -signal.SIGKILL, moment
+    run(root, *inputs, seconds=rng.uniform(1, 3))
+    assert run(root, *inputs) == 0
+    assert outcome(root) == outcome(tmp_path / "whole")
+    assert {"model.safetensors", "rollouts.jsonl", "samples.json"} <= set(outcome(root))
