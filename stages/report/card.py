@@ -67,7 +67,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def _blend(record: dict[str, Any]) -> str:
     """What a merge blended, with the weights that its configuration gives."""
-    models, weights = record["inputs"].get("models", {}), record["config"].get("weights", {})
+    merged = record["stage"] == "merge.soup"
+    models, weights = record["inputs"].get("models", {}) if merged else {}, record["config"].get("weights", {})
     named = (f"{name} × {weights[name]:g}" if name in weights else name for name in models)
     return f"of {' + '.join(named)}; " if models else ""
 

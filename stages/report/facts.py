@@ -53,6 +53,8 @@ class Facts:
         by_print = {model.record["fingerprint"]: model for model in self.models.values()}
         found = []
         for name in self.spine:
+            if self.models[name].record["stage"] != "merge.soup":
+                continue
             parts = {arg: by_print.get(fp) for arg, fp, _ in parents(self.models[name].record)}
             experts = {
                 arg.split(".", 1)[1]: model for arg, model in parts.items() if arg.startswith("models.") and model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from stages.report.claims import claims
 from stages.report.facts import Facts, Interval, gains, parameter_count, retention, win_rates
 
 
@@ -36,6 +37,7 @@ def matrix(facts: Facts) -> dict[str, Any]:
             }
             for row in gains(facts)
         ],
+        "claims": claims(facts),
         "retention": retention(facts),
         "win_rates": [
             row | {"final": interval(row["final"]), "next": interval(row["next"])} for row in win_rates(facts)

@@ -7,8 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from stages.report import charts, tables
+from stages.report import charts, judging, tables
 from stages.report.charts import clock, label, percent, share
+from stages.report.claims import claims
 from stages.report.facts import Facts, busy, gains, parameter_count, retention, win_rates, work
 from stages.report.lineage import draw
 
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def page(facts: Facts, title: str, hourly_cost: float, currency: str, extras: dict[str, Any]) -> str:
-    """The whole page. extras: "corpus" (table.json) and "parity" (parity.json), either may be None."""
+    """The whole page. extras: "corpus" (table.json), "parity" (parity.json), "judged" (judged.json); any may be None."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -29,7 +30,8 @@ def page(facts: Facts, title: str, hourly_cost: float, currency: str, extras: di
 
 def context(facts: Facts, title: str, hourly_cost: float, currency: str, extras: dict[str, Any]) -> dict[str, Any]:
     """Every value that the template names."""
-    gained, held, wins = gains(facts), retention(facts), win_rates(facts)
+    gained, held, wins, claimed = gains(facts), retention(facts), win_rates(facts), claims(facts)
+    judged = extras.get("judged")
     soups = list(dict.fromkeys(row["soup"] for row in held))
     first = facts.final.scores
     prompts = {int(one["n"]) for one in first["domains"].values()}
@@ -40,6 +42,7 @@ def context(facts: Facts, title: str, hourly_cost: float, currency: str, extras:
         "headline": headline(facts), "lede": lede(facts), "tiles": tiles(facts, hourly_cost, currency, extras),
         "matrix": tables.matrix(facts), "has_experts": bool(facts.soups()), "engine": first["engine"],
         "per_domain": "–".join(str(n) for n in sorted({min(prompts), max(prompts)})),
+        "claims": tables.claim_rows(claimed), "judged": judged and judging.figure(judged),
         "gains": tables.gain_rows(facts, gained), "trajectories": gained and charts.trajectories(facts),
         "kept": held and charts.kept(held, soups), "angles": tables.angles(facts),
         "wins": wins and charts.win_rates(wins, facts.final.name),
@@ -48,18 +51,20 @@ def context(facts: Facts, title: str, hourly_cost: float, currency: str, extras:
         "curves": curves and charts.curves(curves), "samples": tables.samples(facts),
         "lineage": draw(facts.records), "data": tables.corpus(extras.get("corpus")),
         "timeline": charts.timeline(tables.ordered(facts)), **tables.time(facts, hourly_cost, currency),
+        "contaminated": {label(d): why for d, why in sorted(first.get("contaminated", {}).items())},
         "digests": first["digests"], "environment": facts.final.record.get("environment", {}),
         "says": {
-            "matrix": say_matrix(facts), "gains": say_gains(gained), "retention": say_retention(held),
+            "matrix": say_matrix(facts), "claims": say_claims(claimed), "judged": judged and judging.say(judged),
+            "gains": say_gains(gained), "retention": say_retention(held),
             "wins": say_wins(wins, facts), "lengths": [say_lengths(facts, d) for d in long_domains],
             "perplexity": say_perplexity(facts), "lineage": say_lineage(facts), "time": say_time(facts),
             "data": say_data(extras.get("corpus")),
         },
     }  # fmt: skip
     sections = [
-        ("matrix", "Models and domains", True), ("gains", "Gains", found["gains"]),
+        ("matrix", "Models and domains", True), ("claims", "What it must show", found["claims"]), ("gains", "Gains", found["gains"]),
         ("retention", "Soups", found["kept"]),
-        ("wins", "Win rates", found["wins"]), ("length-1", "Length", found["lengths"]),
+        ("wins", "Win rates", found["wins"]), ("judge", "Reward model", judged), ("length-1", "Length", found["lengths"]),
         ("perplexity", "Held-out loss", found["perplexity"]), ("curves", "Curves", found["curves"]),
         ("samples", "Samples", found["samples"]), ("lineage", "Lineage", True), ("data", "Data", found["data"]),
         ("time", "Time and cost", True),
@@ -154,6 +159,12 @@ def say_gains(rows: list[dict[str, Any]]) -> str:
     )
     text += f"; it falls with {listed(lost)}" if lost else ""
     return text + (f"; {listed(flat)} can't be told from no change." if flat else ".")
+
+
+def say_claims(rows: list[dict[str, Any]]) -> str:
+    shown = sum(row["shown"] for row in rows)
+    missed = [f"{row['claim']} on {label(row['on'])}" for row in rows if not row["shown"]]
+    return f"{shown} of {len(rows)} are shown" + (f"; not shown: {listed(missed)}." if missed else ".")
 
 
 def say_retention(rows: list[dict[str, Any]]) -> str:

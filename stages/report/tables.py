@@ -85,6 +85,21 @@ def gain_rows(facts: Facts, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def claim_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claims with their figures as text: win rates in percent, gains of a score in points, of a reward as it is."""
+
+    def written(row: dict[str, Any], value: float) -> str:
+        if row["measure"] == "reward":
+            return f"{value:+.3f}".replace("-", "−")
+        return f"{100 * value:.1f} %" if row["measure"] == "win rate" else f"{100 * value:+.1f}".replace("-", "−")
+
+    return [
+        row | {"on": label(row["on"]), "value": written(row, row["value"]),
+               "interval": f"{written(row, row['low'])} … {written(row, row['high'])}"}
+        for row in rows
+    ]  # fmt: skip
+
+
 def signed(value: float) -> str:
     """A change in points: +12, −3, 0."""
     points = round(100 * value)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stages.evaluation.evaluate import by, summary
 from stages.stage import Artifact, Kind
+from stages.train._judge import optimised, quality
 
 DOMAINS = ("code", "long_context", "math", "multilingual", "rag", "safety")
 START = datetime(2026, 1, 5, 9, 30, tzinfo=UTC)
@@ -57,7 +58,7 @@ class Recipe:
             a, b = reward
             series["reward"] = [[s, b + (a - b) * math.exp(-3 * s / steps) + noise.gauss(0, 0.05)] for s, _ in curve]
         metrics = {"loss": curve[-1][1], "heldout_accuracy": 0.83, "tokens": trained, "parameters": 1_311_872}
-        config = {"steps": steps, "lr": 1e-3, "sequence_length": 256, "schedule": "wsd", "seed": 0}
+        config = {"steps": steps, "lr": 1e-3, "sequence_length": 256, "schedule": "wsd", "seed": 0, "rewards": {}}
         return self.step(name, stage, kind, seconds, metrics, series, config, threads, **inputs)
 
     def soup(self, name, models, base):
@@ -185,4 +186,10 @@ def whole(root: Path, domains: tuple[str, ...] = DOMAINS, judged: bool = True) -
     (export.path / "parity.json").write_text(
         json.dumps({"max_abs_difference": 1.9e-6, "longest": 387.0, "threshold": 1e-4, "sliding_window": 128.0})
     )
-    return {"scores": scores, "export": export, "corpus": corpus}
+    rng = random.Random(1)
+    margins = [rng.gauss(0.9, 1.2) for _ in range(200)]
+    gold = [[float(rng.random() < 0.4) for _ in range(16)] for _ in range(50)]
+    proxy = [[g + rng.gauss(0, 0.7) for g in row] for row in gold]
+    judged = quality([domains[i % len(domains)] for i in range(200)], margins) | {"optimised": optimised(proxy, gold)}
+    (reward.path / "judged.json").write_text(json.dumps(judged))
+    return {"scores": scores, "export": export, "corpus": corpus, "reward": reward}

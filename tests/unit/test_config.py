@@ -43,10 +43,37 @@ def test_the_recipe_is_expert_fan_out_merge_rl_fan_out_merge_polish():
     parents = {name: sorted(p.name for p in node.parents) for name, node in nodes.items()}
     assert parents["sft-soup"] == sorted([*(f"sft-{e}" for e in EXPERTS), "instruct"])
     assert parents["rl-soup"] == sorted([*(f"rl-{e}" for e in EXPERTS), "sft-soup"])
-    assert all("sft-soup" in parents[f"rl-{e}"] and "instruct" in parents[f"sft-{e}"] for e in EXPERTS)
-    assert "rl-soup" in parents["best-of-n"] and "best-of-n" in parents["preference"]
-    assert "preference" in parents["polished"] and parents["export"] == ["polished"]
-    assert len([n for n in nodes if n.startswith("scores-")]) == 3 + 6 + 1 + 6 + 1 + 3
+    assert all("sft-soup" in parents[f"rl-{e}"] for e in EXPERTS if e != "code")
+    assert all("instruct" in parents[f"sft-{e}"] for e in EXPERTS)
+    assert "rl-soup" in parents["best-of-n"] and "best-of-n" in parents["preference"] and "preference" in parents["online"]
+    assert {"rl-soup", "best-of-n", "preference", "online"} < set(parents["polished"]) and parents["export"] == ["polished"]
+    assert {"reward-first", "reward-pairs", "reward-judge-0", "reward-probe"} < set(parents["reward"])
+    assert len([n for n in nodes if n.startswith("scores-")]) == 3 + 6 + 1 + 6 + 1 + 4
+
+
+def test_experts_differ_by_their_options():
+    """Section 3.3.3's code expert in full: seeds merged twice, trained again without itself, RL merged with its start."""
+    full = ["expert.code.seeds=[0,1]", "expert.code.refine_seeds=[0,1]", "expert.code.redo=true", "expert.long_context.start=base"]
+    nodes = graph(*full).nodes
+    parents = {name: sorted(p.name for p in node.parents) for name, node in nodes.items()}
+    assert parents["sft-code-first"] == ["instruct", "sft-code-first-seed-0", "sft-code-first-seed-1"]
+    assert [nodes[f"sft-code-seed-{s}"].config.seed for s in (0, 1)] == [0, 1]
+    assert parents["sft-code"] == ["sft-code-first", "sft-code-seed-0", "sft-code-seed-1"]
+    others = sorted(f"sft-{e}" for e in EXPERTS if e != "code")
+    assert parents["sft-soup-without-code"] == sorted(["instruct", *others])
+    assert "sft-soup-without-code" in parents["sft-code-again-seed-0"]
+    assert "sft-code-again" in parents["rl-code-alone"] and set(parents["rl-code"]) == {"rl-code-alone", "sft-code-again"}
+    assert "base" in parents["sft-long_context"] and "instruct" not in parents["sft-long_context"]
+    assert changed("expert.code.anchor.weights.rl=0.5") == downstream("rl-code")
+
+
+def test_rounds_of_polishing_follow_each_other():
+    nodes = graph("recipe.polish_rounds=3").nodes
+    parents = {name: sorted(p.name for p in node.parents) for name, node in nodes.items()}
+    assert "polished-1" in parents["best-of-n-2"] and "polished-2" in parents["best-of-n-samples-3"]
+    assert "online-3" in parents["polished"] and parents["export"] == ["polished"]
+    seeds = [nodes[f"best-of-n-samples{at}"].config.seed for at in ("", "-2", "-3")]
+    assert len(set(seeds)) == 3  # every round draws its own
 
 
 def changed(*overrides):
@@ -66,7 +93,7 @@ def downstream(name):
 def test_changing_one_experts_learning_rate_remakes_it_and_what_depends_on_it():
     assert changed("expert.math.sft.lr=0.123") == downstream("sft-math")
     assert "sft-code" not in downstream("sft-math") and "polished" in downstream("sft-math")
-    assert changed("expert.code.rl.lr=0.123") == downstream("rl-code")
+    assert changed("expert.code.rl.lr=0.123") == downstream("rl-code-alone")
 
 
 @pytest.mark.parametrize("override", ["instruct.micro_batch_tokens=7777", "cluster.cores=1", "pretrain.save_every=3"])

@@ -14,7 +14,6 @@ from stages.chat.template import END_OF_TURN
 from stages.rollout._collect import answer_ids, schedule
 from stages.stage import ConfigError, CuveeError, load, parse
 from stages.train._groups import REVISE, Grouper, Groups, epoch_slice, objective, revise
-from stages.train.reward import split
 from stages.trainer.batch import Loss, Packed
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
@@ -47,9 +46,9 @@ def text(tokenizer, sequence):
 def test_answer_ids_end_the_turn_and_follow_the_prompt(tokenizer):
     prompt = render(tokenizer, MESSAGES, generation=True).ids
     whole = render(tokenizer, [*MESSAGES, {"role": "assistant", "content": "4"}])
-    assert prompt + answer_ids(tokenizer, MESSAGES, "4") == whole.ids
-    assert tokenizer.decode(answer_ids(tokenizer, MESSAGES, "4")) == "4" + END_OF_TURN
-    assert answer_ids(tokenizer, MESSAGES, "4") == [t for t, m in zip(whole.ids, whole.mask, strict=True) if m]
+    assert prompt + answer_ids(tokenizer, {"messages": MESSAGES}, "4") == whole.ids
+    assert tokenizer.decode(answer_ids(tokenizer, {"messages": MESSAGES}, "4")) == "4" + END_OF_TURN
+    assert answer_ids(tokenizer, {"messages": MESSAGES}, "4") == [t for t, m in zip(whole.ids, whole.mask, strict=True) if m]
 
 
 def test_completions_carry_their_rewards(tokenizer):
@@ -153,12 +152,6 @@ def test_epochs_are_shuffled_and_whole():
     assert epoch_slice(7, 5, 9, 3) == whole[5:14]
     stream = Groups([[[i]] for i in range(7)], 3, 3)
     assert [g for step in range(7) for (g,) in stream.batch(step, None)] == whole
-
-
-def test_heldout_prompts_share_no_prompt_with_the_rest():
-    rows = [{"id": str(i % 10), "domain": "math"} for i in range(30)]
-    kept, held_out = split(rows, 0.2, 0)
-    assert len(held_out) == 6 and not {r["id"] for r in kept} & {r["id"] for r in held_out}
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,43 @@ def test_copg_raises_the_reward(speaker, prompts, tmp_path, every, steps):
         assert metrics["reward_last"] > metrics["reward_first"] + 0.1
 
 
+@pytest.mark.parametrize("name, group", [
+    ("model.layers.2.self_attn.v_proj.weight", "layers.2.self_attn"), ("model.embed_tokens.weight", "embed_tokens"),
+])  # fmt: skip
+def test_a_corrupted_weight_stops_the_run_within_one_step(speaker, prompts, tmp_path, name, group, monkeypatch):
+    """One number of one tensor, on the way to the engine after the first update."""
+    from stages.rollout.engines.transformers import Engine
+
+    sync, syncs = Engine.sync_weights, []
+
+    def corrupting(self, state):
+        syncs.append(1)
+        if len(syncs) == 2:
+            state = state | {name: state[name].clone()}
+            state[name].view(-1)[5] += 1e-3
+        sync(self, state)
+
+    monkeypatch.setattr(Engine, "sync_weights", corrupting)
+    with pytest.raises(CuveeError, match=f"the tensor group {group} differs most \\(by 0.001\\)"):
+        run("train.rl", {**RL, "steps": 4}, tmp_path / "out", init=speaker, prompts=prompts)
+    lines = (tmp_path / "out-scratch" / "metrics.jsonl").read_text().splitlines()
+    assert max(p["step"] for p in map(json.loads, lines) if "loss" in p) == 1
+
+
+def test_off_policy_rollouts_are_one_block_older(speaker, prompts, tmp_path):
+    values = {**RL, "steps": 7, "rollout_every": 2, "off_policy": True, "objective": "grpo", "lr": 0.006}
+    metrics = run("train.rl", values, tmp_path / "out", init=speaker, prompts=prompts)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert [(r["block"], r["version"]) for r in rows[:: 2 * 8]] == [(0, 0), (1, 0), (2, 2), (3, 4)]
+    points = [json.loads(line) for line in (tmp_path / "out-scratch" / "metrics.jsonl").read_text().splitlines()]
+    stale = [p["rollout/staleness"] for p in points if "rollout/staleness" in p]
+    assert stale == [0, 1, 2, 3, 2, 3, 2] and metrics["kl_sampler"] > 1e-6
+    shares = {k: v for k, v in metrics.items() if k.startswith("share/")}
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
+    table = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert len({len(column) for column in table.values()}) == 1 and table["reward"][0] == table["reward/verifier"][0]
+
+
 class Killed(Exception):
     pass
 

@@ -76,9 +76,11 @@ def test_the_page_is_whole_and_reaches_nowhere(made):
     assert not re.search(r"https?://|//[a-z]|url\(|@import|@font-face", text)
     sections = {
         "matrix",
+        "claims",
         "gains",
         "retention",
         "wins",
+        "judge",
         "length-1",
         "perplexity",
         "curves",
