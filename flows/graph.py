@@ -60,6 +60,11 @@ class Node:
         """Whether the stage runs as one process a device."""
         return getattr(self.module, "DISTRIBUTED", False)
 
+    @property
+    def needs_device(self) -> bool:
+        """Whether a model may run in the stage; the others leave the GPUs to those that need them."""
+        return self.kind not in (Kind.CORPUS, Kind.TOKENIZER, Kind.TOKENS, Kind.REPORT)
+
     @cached_property
     def depth(self) -> int:
         return 1 + max((parent.depth for parent in self.parents), default=0)

@@ -113,6 +113,27 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
            f"all {len(nodes)} stages are made; nothing will run")
 
 
+def dry_run(graph: Graph, nodes: list[Node]) -> Iterator[str]:
+    """What the cluster itself says to the jobs that it would get; nothing where stages start without one.
+
+    Raises CuveeError with its reason where it refuses them.
+    """
+    cluster = graph.conf.cluster
+    if cluster.launcher != "kubernetes":
+        return
+    from flows.launchers import kubernetes
+
+    stages = [
+        kubernetes.Stage(
+            name=f"{kubernetes.title(node.name, node.fingerprint)}-0", spec=f"{cluster.volume.path}/work/spec.json",
+            digest="0", threads=cluster.cores, hosts=cluster.hosts if node.distributed else 1,
+            processes=cluster.devices if node.distributed else 1, device=cluster.device if node.needs_device else "cpu",
+        )
+        for node in nodes
+    ]  # fmt: skip
+    yield kubernetes.dry_run(cluster, stages)
+
+
 def _count(number: float) -> str:
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,17 @@ def registered(flow_run_id: str) -> Iterator[None]:
 
 def close_dead() -> None:
     """Set the runs of dead processes to Crashed in Prefect and, with their children, to KILLED in MLflow."""
+    _close(lambda holder: not _alive(holder))
+
+
+def close_own() -> None:
+    """Likewise the runs of this process, which it is about to leave half done."""
+    _close(lambda holder: holder["pid"] == os.getpid())
+
+
+def _close(wanted: Callable[[dict[str, Any]], bool]) -> None:
     for note in sorted((state_dir() / "runs").glob("*.json")):
-        holder = json.loads(note.read_text())
-        if not _alive(holder):
+        if wanted(json.loads(note.read_text())):
             for close in (_close_prefect, _close_mlflow):
                 try:
                     close(note.stem)

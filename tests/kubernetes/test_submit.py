@@ -1,0 +1,131 @@
+"""A whole run in the cluster, its plan, and stages through the maker: an artifact appears as if it had been made here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flows import submit
+from flows.config import compose
+from flows.graph import Graph
+from flows.launchers._kubernetes_api import Refused
+from flows.launchers.local import Launcher
+from flows.plan import dry_run
+from flows.step import Maker
+from stages.stage import ConfigError, CuveeError
+from stages.store.local import LocalStore
+from tests.kubernetes.conftest import until
+from tests.unit.test_step import NoTracker, documents, node  # noqa: F401 (a fixture)
+
+
+def overrides(place, *more: str) -> list[str]:
+    cluster = {key: value for key, value in place.cluster().items() if key != "volume"}
+    chosen = ("device", "devices", "cores", "data_image", "host_memory_gib", "shm_gib", "grace_seconds", "user")
+    return ["cluster=kubernetes", "cluster.hosts=1", *(f"cluster.{key}={cluster[key]}" for key in chosen),
+            f"cluster.volume.claim={place.claim}", f"cluster.volume.path={place.volume}", *more]  # fmt: skip
+
+
+def test_an_artifact_made_by_a_pod_equals_one_made_here(place, documents):  # noqa: F811
+    copied = place.volume / "docs"
+    documents.rename(copied)
+    stores = []
+    for name, launcher in (("there", place.launcher()), ("here", Launcher())):
+        store = LocalStore(place.volume / name)
+        lines = []
+        Maker(store, launcher, NoTracker(), place.volume / f"work-{name}", 1).make(node([copied]), 1, 0, lines.append)
+        assert any("documents removed" in line for line in lines)
+        stores.append({r["fingerprint"]: r["files"] for r in map(store.record, store.fingerprints())})
+        launcher.close()
+    assert stores[0] == stores[1] and stores[0]
+    short = copied / "short"
+    short.mkdir()
+    (short / "a.txt").write_text("too short")
+    with pytest.raises(CuveeError, match="^corpus: "):
+        Maker(LocalStore(place.volume / "there"), place.launcher(), NoTracker(), place.volume / "work", 1).make(
+            node([short]), 1, 0, print)  # fmt: skip
+
+
+def test_plan_asks_the_cluster_and_leaves_nothing(place):
+    graph = Graph(compose(overrides(place)))
+    (line,) = dry_run(graph, list(graph.nodes.values()))
+    assert "would accept the jobs (2 kinds of pods, dry run)" in line
+    assert place.launcher().api.list("Job", labelSelector="app.kubernetes.io/name=cuvee")["items"] == []
+    graph = Graph(compose(overrides(place, "+cluster.pod.nodeSelectr={pool: h100}")))
+    with pytest.raises(Refused, match="nodeSelectr|Additional properties"):
+        list(dry_run(graph, list(graph.nodes.values())))
+    local = Graph(compose([]))
+    assert list(dry_run(local, list(local.nodes.values()))) == []
+
+
+def test_plan_without_a_cluster_says_so(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
+    graph = Graph(compose(overrides(place)))
+    (line,) = dry_run(graph, list(graph.nodes.values()))
+    assert line.startswith("the manifests were not checked: ")
+
+
+def test_submit_refuses_before_it_asks(place):
+    for wrong, sentence in (
+        ([], "cluster=local starts stages with launcher local, but submit runs on Kubernetes"),
+        (overrides(place, "store.uri=/home/me/store"), "not on the volume that the pods share"),
+        (overrides(place, "expert.mth.sft.lr=1"), "did you mean 'math'"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            submit.submit(wrong, "", follow=True, cancel=False)
+    with pytest.raises(ConfigError, match="no run of these overrides is under way"):
+        submit.submit(overrides(place), "", follow=True, cancel=True)
+
+
+def test_a_run_in_the_cluster_makes_its_stages_there(place, capsys):
+    """The run's pod makes the stages' pods; who comes back finds the same run, and it can be cancelled with all it made."""
+    wanted = overrides(place, "scale=micro", "recipe.experts=[code]", f"data.sources=[{place.volume / 'docs'}]")
+    (place.volume / "docs").mkdir()
+    (place.volume / "docs" / "a.txt").write_text("too short")  # the first stage refuses: no more is needed to see the way
+    place.launcher()
+    if place.local:  # what a pod finds in a real cluster
+        server = place.local.server
+        place.local.variables = {"KUBECONFIG": os.environ["KUBECONFIG"], "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
+        assert server
+    assert submit.submit(wanted, "corpus", follow=True, cancel=False) == 1
+    out = capsys.readouterr().out
+    assert "job cuvee-run-" in out and "corpus" in out
+    jobs = place.launched[-1].api.list("Job")["items"]
+    assert any(job["metadata"]["name"].startswith("cuvee-corpus-") for job in jobs), out
+    (owned,) = [job for job in jobs if job["metadata"]["name"].startswith("cuvee-corpus-")]
+    assert owned["metadata"]["ownerReferences"][0]["name"].startswith("cuvee-run-")
+
+
+def test_cancel_ends_the_run_and_its_stages(place, program, capsys, monkeypatch):
+    api = place.launcher(grace_seconds=1).api
+    from flows.launchers import _kubernetes_manifests as manifests
+
+    real = manifests.run_job
+
+    def waits(*arguments):
+        job = real(*arguments)
+        job["spec"]["template"]["spec"]["containers"][0]["command"] = ["python", "-c", "import time; time.sleep(600)"]
+        return job
+
+    monkeypatch.setattr(manifests, "run_job", waits)
+    wanted = overrides(place)
+    assert submit.submit(wanted, "", follow=False, cancel=False) == 0
+    assert submit.submit(wanted, "", follow=False, cancel=False) == 0
+    out = capsys.readouterr().out
+    assert out.count("was created") == 1 and out.count("goes on") == 1
+    (run,) = api.list("Job", labelSelector="app.kubernetes.io/name=worker")["items"]
+    monkeypatch.setenv("CUVEE_FLOW_JOB", run["metadata"]["name"])
+    monkeypatch.setenv("CUVEE_FLOW_UID", run["metadata"]["uid"])
+    spec = place.spec()
+    program(spec, "import time; time.sleep(600)")
+    place.launcher(grace_seconds=1).launch(spec, spec.parent / "log", 1)
+    until(lambda: len(api.list("Pod")["items"]) == 2)
+    assert submit.submit(wanted, "", follow=True, cancel=True) == 0
+    assert api.list("Pod")["items"] == [] and api.list("Job")["items"] == []
+
+
+def test_the_command_says_what_it_wants():
+    done = subprocess.run([sys.executable, "-m", "flows.cli", "submit"], capture_output=True, text=True)
+    assert done.returncode == 2 and "add cluster=kubernetes, or use cuvee run" in done.stderr
