@@ -14,7 +14,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ("infra/bench/training_speed.py", "infra/bench/long_context.py")
+BENCHMARKS = (
+    "infra/bench/training_speed.py",
+    "infra/bench/long_context.py",
+    "infra/bench/rollout_speed.py --prompts 64 --batches 512 --rl-steps 3",
+)
 LIBRARIES = ("torch", "transformer-engine", "megatron-core", "transformers", "triton")
 
 
