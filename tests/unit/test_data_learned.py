@@ -162,3 +162,14 @@ def test_the_nearest_on_each_side_whatever_the_batches():
     assert [row["score"] for row in reports[0][0]["kept"]] == [round(value, 4) for value in values if value >= 0.4][:5]
     assert [row["score"] for row in reports[0][0]["removed"]] == [round(value, 4) for value in reversed(values) if value < 0.4][:5]
     assert sum(reports[0][0]["histogram"][:8]) == sum(value < 0.4 for value in values)
+
+
+def test_the_recipe_of_a_judge_composes():
+    from flows.config import compose
+    from flows.graph import Graph
+
+    graph = Graph(compose(["recipe=curation", "+data=judged", "scale=micro", "judge.teacher={model: m, url: 'http://127.0.0.1:1/v1'}"]))
+    assert list(graph.nodes) == ["first", "labels", "corpus"] and "classifier" not in graph.nodes["first"].config.blocks
+    assert graph.nodes["corpus"].parents == [graph.nodes["labels"]] and len({node.fingerprint for node in graph.nodes.values()}) == 3
+    with pytest.raises(ConfigError, match="teacher: is empty"):
+        Graph(compose(["recipe=curation", "+data=judged", "scale=micro"]))
