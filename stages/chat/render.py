@@ -59,7 +59,8 @@ def render(
     except (TemplateError, TypeError) as error:
         raise CuveeError(f"messages: the chat template refuses them: {error}") from None
     cuts = [0, *chain(*spans[0]), len(texts[0])]
-    pieces = tokenizer([texts[0][a:b] for a, b in pairwise(cuts)], add_special_tokens=False)["input_ids"]
+    texts = [texts[0][a:b] for a, b in pairwise(cuts)]
+    pieces = [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     last = len(pieces) - 2 if turns == "last" else 1
     mask = [int(number % 2 == 1 and number >= last) for number, piece in enumerate(pieces) for _ in piece]
     ids = [*chain(*pieces)]
@@ -76,8 +77,12 @@ def render_row(
     tokenizer: Any, row: dict[str, Any], answer: str | None = None, *, generation: bool = False, turns: str = "all"
 ) -> Rendered:
     """`render` of a row of PROMPTS or CONVERSATIONS, with what it has of VARIABLES, and `answer` as the assistant's next
-    turn. Errors begin with the row's id."""
-    messages = row["messages"] if answer is None else [*row["messages"], {"role": "assistant", "content": answer}]
+    turn: where that is the row's own answer and it has a `reply` (a turn that calls tools), the reply. Errors begin with the
+    row's id."""
+    own = row.get("reply") if answer == row.get("answer") else None
+    messages = (
+        row["messages"] if answer is None else [*row["messages"], own or {"role": "assistant", "content": answer}]
+    )
     variables = {name: row[name] for name in VARIABLES if row.get(name) is not None}
     try:
         return render(tokenizer, messages, generation=generation, turns=turns, **variables)
@@ -100,7 +105,11 @@ def preview(tokenizer: Any, rendered: Rendered) -> str:
 
 
 def response(completion: str) -> str:
-    """What the user would read of a raw completion: the response part, without markers, up to the end of the turn."""
-    if "<|START_RESPONSE|>" in completion.split(END_OF_TURN, 1)[0]:
+    """What the user would read of a raw completion: the response part, without markers, up to the end of the turn. Of a turn
+    that calls tools all is kept: its thinking, then the calls."""
+    turn = completion.split(END_OF_TURN, 1)[0]
+    if "<|START_RESPONSE|>" in turn:
         completion = completion.split("<|START_RESPONSE|>", 1)[1]
+    elif "<|END_THINKING|>" in turn and "<|START_ACTION|>" not in turn:
+        completion = completion.split("<|END_THINKING|>", 1)[1]
     return _SPECIAL.sub("", _ENDS.split(completion, maxsplit=1)[0]).strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import unicodedata
@@ -38,3 +39,13 @@ def sentences(documents: list[dict], rng: random.Random, shortest: int = 30, lon
                 found.append(line)
     rng.shuffle(found)
     return found
+
+
+def json_in(text: str) -> Any:
+    """The first JSON object or array in a text, None without one."""
+    for start in (found.start() for found in re.finditer(r"[\[{]", text)):
+        try:
+            return json.JSONDecoder().raw_decode(text, start)[0]
+        except (ValueError, RecursionError):
+            continue
+    return None

@@ -1,15 +1,26 @@
-"""Arithmetic word problems: one story, one to a few steps, a whole number as the answer.
+"""Word problems of one to a few steps with a whole number as the answer, and exercises of ten topics in three levels.
 
-Reward: 1 when the last number of the response is the answer, -0.5 without any number, 0 otherwise.
+Reward of a story (`check.number`): 1 when the last number of the response is the answer, -0.5 without any number, 0 otherwise. Of an
+exercise, and of your own prompts (`check.value`, an expression in LaTeX): 1 when math-verify finds the answer equal to what stands
+after the last "Answer:" or in the last \\boxed{}, 0 when not, -0.5 without any such mark.
 """
 
 import random
+import re
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
 from stages.stage import option
+from stages.tasks import _exercises
 from stages.tasks._common import numbers, prompt
 
 OPERATIONS = ("add", "subtract", "multiply", "divide")
+TOPICS = ("stories", *_exercises.TOPICS)
+# Of LaTeX, what may stand in an answer: a model writes it, and sympy would set out to compute 9^(9^9) or a sum to 10^9.
+COMMANDS = set("frac dfrac tfrac sqrt pi cdot times left right pm circ infty log ln exp sin cos tan text mathrm cup in".split())
+LONGEST, POWERS = 120, 10000  # characters of an answer; the product of its exponents
+_EXPONENT = r"\^\s*(\{[^{}]*\}|\([^()]*\)|-?\w+)"
 
 
 @dataclass
@@ -18,6 +29,8 @@ class Options:
     steps: int = option(3, "most steps of a story; each story has 1 to this many")
     operations: list[str] = option(list(OPERATIONS), "what a step may do; multiply and divide only in stories of one step",
                                    choices=OPERATIONS)  # fmt: skip
+    topics: list[str] = option(["stories"], "kinds of problems, each as often; stories have the options above", choices=TOPICS)
+    levels: list[int] = option([1, 2, 3], "levels of the exercises, 1 to 3, each as often")
 
 
 WHO = "farmer teacher baker sailor doctor painter driver gardener student child cook guard".split()
@@ -42,12 +55,25 @@ def check(options: Options) -> str:
     """What is wrong with the options, "" if nothing."""
     if options.max_number < 4 or options.steps < 1 or not options.operations:
         return "a story needs max_number of at least 4, steps of at least 1 and one of the operations"
+    if not options.topics or not options.levels or not set(options.levels) <= {1, 2, 3}:
+        return f"levels={options.levels} and topics={options.topics}, expected levels of 1, 2 or 3 and at least one topic"
     return ""
 
 
 def generate(rng: random.Random, count: int, documents: list[dict], options: Options) -> list[dict]:
-    """`count` word problems; `documents` are not used."""
-    return [_story(rng, options) for _ in range(count)]
+    """`count` problems; `documents` are not used."""
+    if options.topics == ["stories"]:
+        return [_story(rng, options) for _ in range(count)]
+    made = []
+    for _ in range(count):
+        topic = rng.choice(options.topics)
+        made.append(_story(rng, options) if topic == "stories" else _exercise(rng, topic, rng.choice(options.levels)))
+    return made
+
+
+def _exercise(rng: random.Random, topic: str, level: int) -> dict:
+    question, working, value = _exercises.TOPICS[topic](rng, level)
+    return prompt(question, f"{working}. Answer: ${value}$", {"value": value, "topic": topic, "level": level})
 
 
 def _story(rng: random.Random, options: Options) -> dict:
@@ -88,6 +114,53 @@ def _prompt(question: str, working: str, result: int) -> dict:
 
 
 def verify(prompt: dict, completion: str) -> float:
-    """1.0 when the last number in the completion is the answer, -0.5 when there is none, else 0.0."""
+    """1.0 for the right answer, -0.5 when the completion gives none, else 0.0; see the module's text for both kinds."""
+    if "value" in prompt["check"]:
+        given = final(completion)
+        return float(_equal(prompt["check"]["value"], given)) if given else -0.5
     found = numbers(completion)
     return (1.0 if found[-1] == prompt["check"]["number"] else 0.0) if found else -0.5
+
+
+def final(completion: str) -> str:
+    """What the completion gives as its answer, without marks of LaTeX around it; "" where it gives none."""
+    boxed = completion.rpartition("\\boxed{")
+    if boxed[1]:
+        depth = 1
+        for end, character in enumerate(boxed[2]):
+            depth += {"{": 1, "}": -1}.get(character, 0)
+            if not depth:
+                return boxed[2][:end].strip()
+    said = re.findall(r"[Aa]nswer(?: is)?:? +(.+)", completion)
+    return said[-1].strip().rstrip(".").strip("$ ") if said else ""
+
+
+@lru_cache(1 << 16)  # samples repeat, and comparing takes up to a quarter of a second
+def _equal(value: str, given: str) -> bool:
+    if value.replace(" ", "") == given.replace(" ", ""):
+        return True
+    if not _bounded(given):
+        return False
+    import threading
+
+    from math_verify import parse, verify
+
+    # Its limits of time are signals, which a main thread alone may set.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    wanted, found = (parse(f"${text}$", parsing_timeout=seconds) for text in (value, given))
+    return bool(verify(wanted, found, timeout_seconds=seconds))
+
+
+def _bounded(text: str) -> bool:
+    """Whether comparing the text takes little time: sympy's whole numbers can't be interrupted."""
+    exponents = re.findall(_EXPONENT, text)
+    digits = [int(n) for exponent in exponents for n in re.findall(r"\d{1,9}", exponent)]
+    return (
+        len(text) <= LONGEST
+        and set(re.findall(r"\\([A-Za-z]+)", text)) <= COMMANDS
+        and "!" not in text
+        and len(exponents) == text.count("^")  # what is left out has another one inside
+        and not re.search(rf"{_EXPONENT}\s*\^", text)
+        and not any(set("*/^") & set(exponent) for exponent in exponents)
+        and prod(digits) <= POWERS
+    )

@@ -55,6 +55,11 @@ class ObjectiveConfig:
         return {"options": identity(parse(module.Config, self.options, "options"))}
 
 
+def needs_values(module: Any) -> bool:
+    """Whether an objective reads the advantages that a value network gives each token."""
+    return getattr(module, "NEEDS_VALUES", False)
+
+
 def objective(config: ObjectiveConfig, *groups: str) -> Callable[[Packed], Loss]:
     """The objective with its options, plus sft_weight times the mean negative log-likelihood of the tokens of each
     group's sequence with sft = 1 (Pang et al., arXiv 2404.19733, eq. 1: the NLL divided by the length)."""

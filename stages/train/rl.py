@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.chat.messages import said
 from stages.rollout._collect import SampleConfig, read_jsonl, statistics, write_jsonl
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
-from stages.train._groups import ObjectiveConfig
+from stages.train._groups import ObjectiveConfig, needs_values
 from stages.trainer.config import TrainConfig
 
 VERSION = "3"
@@ -52,7 +53,12 @@ class Config(ObjectiveConfig, SampleConfig, TrainConfig):
 def check(config: Config, inputs: dict[str, Any]) -> None:
     config.check()
     config.check_sampling(inputs)
-    module, _ = config.resolve(*KINDS)
+    module, options = config.resolve(*KINDS)
+    if needs_values(module) and options.value_steps >= config.steps:
+        raise ConfigError(
+            f"options.value_steps: {options.value_steps} of {config.steps} steps train the value network alone and leave "
+            "none for the policy; give fewer, or more steps"
+        )
     if module.NEEDS_BEHAVIOUR and (config.with_answer or config.temperature != 1):
         raise ConfigError(
             f"objective: {config.objective} weighs completions by the log-probabilities of their sampling, which no "
@@ -91,16 +97,21 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     the shares of this process's time spent generating, rewarding, syncing weights and training.
     Raises CuveeError when engine and trainer disagree after a sync, or no prompt's rewards differ.
     """
+    from stages.train._critic import Critic, Criticised
     from stages.train._groups import objective, prepared
     from stages.train._rollouts import Rollouts
     from stages.trainer.loop import train
 
     init: Path = inputs["init"].path
-    module, _ = config.resolve(*KINDS)
-    stream = Rollouts(config, inputs, ctx, module)
+    module, options = config.resolve(*KINDS)
+    stream, critic = Rollouts(config, inputs, ctx, module), None
+    seen = prepared(module, stream)
+    if needs_values(module):
+        critic = Critic(inputs["reward"].path if "reward" in inputs else init, module, options)
+        seen = Criticised(stream, critic, config, ctx)
     metrics = train(
-        config=config, stream=prepared(module, stream), objective=objective(config, *KINDS), out=out, ctx=ctx,
-        init=init, tokenizer=init, reference=init if module.NEEDS_REFERENCE else None,
+        config=config, stream=seen, objective=objective(config, *KINDS), out=out, ctx=ctx, init=init, tokenizer=init,
+        reference=init if module.NEEDS_REFERENCE else None, critic=critic,
     )  # fmt: skip
     if not any(any(map(stream.grouper, read_jsonl(path))) for path in stream.files()):
         raise CuveeError(
@@ -120,10 +131,10 @@ def _table(blocks: list[list[dict[str, Any]]]) -> dict[str, list[Any]]:
     """Column -> values: the first sampled completion of some prompts of each block, with its rewards."""
     rows = []
     for row in (row for block in blocks for row in block[:SHOWN]):
-        prompt, completion = row["messages"][-1]["content"], row["completions"][0]
+        prompt, completion = said(row["messages"][-1]), row["completions"][0]
         own = {f"reward/{name}": values[0] for name, values in row["parts"].items() if values[0] is not None}
         rows.append({
-            "version": row["version"], "domain": row["domain"], "prompt": str(prompt)[-SHOWN_CHARACTERS:],
+            "version": row["version"], "domain": row["domain"], "prompt": prompt[-SHOWN_CHARACTERS:],
             "completion": completion[:SHOWN_CHARACTERS], "tokens": len(row["tokens"][0]), "reward": row["rewards"][0], **own,
         })  # fmt: skip
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(k for row in rows for k in row)}

@@ -147,11 +147,93 @@ def test_no_files_no_secrets_no_network(level, tmp_path, monkeypatch):
     assert last.values == ["[]", "False" if os.geteuid() == 0 else last.values[1], None]
 
 
+def test_a_call_has_its_own_time(level):
+    outcome = run([program("def f(x):\n    while x: pass\n    return x", "f(0)", "f(1)", "f(0)")], {"call_seconds": 0.2}, level)[0]
+    assert outcome.values == ["0", None, "0"] and outcome.status == "ok" and "TimeoutError" in outcome.error
+
+
+def test_queries_read_and_do_nothing_else(level):
+    setup = "CREATE TABLE t(n INTEGER); INSERT INTO t VALUES (1), (2);"
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c"
+    outcomes = run(
+        [
+            sandbox.Query("SELECT n, 'é' FROM t ORDER BY n", [setup, "CREATE TABLE t(n INTEGER)"]),
+            *(sandbox.Query(attack, [setup]) for attack in (
+                "DELETE FROM t", "ATTACH '/etc/passwd' AS x", "ATTACH 'new' AS x", "PRAGMA user_version", "VACUUM INTO 'new'",
+                "SELECT load_extension('x')", "SELECT randomblob(1000000000)", endless, "no query", "SELECT 1; SELECT 2")),
+            program("import sqlite3", "1 + 1"),
+        ],
+        {"call_seconds": 0.2}, level,
+    )  # fmt: skip
+    assert outcomes[0].values == ["[(1, 'é'), (2, 'é')]", "[]"]
+    assert all(o.values == [None] and o.error for o in outcomes[1:-1]), outcomes
+    assert outcomes[-1].values == ["2"]
+
+
+@pytest.fixture
+def walls():
+    found = sandbox.best_level()
+    if found == "rlimits" or not all(map(shutil.which, ("bash", "perl"))):
+        pytest.skip("commands need namespaces or bubblewrap, and these tests bash and perl")
+    return found
+
+
+def command(name, text):
+    return sandbox.Command({name: text}, [["bash" if name.endswith("sh") else "perl", name]])
+
+
+def test_commands_run_in_steps_and_say_what_failed(walls):
+    two = sandbox.Command({"a.sh": "echo 41 > n", "b.pl": "open F, 'n'; print 1 + <F>"}, [["bash", "a.sh"], ["perl", "b.pl"]])
+    found = sandbox.run_commands([two, command("a.sh", "echo out; echo err >&2; exit 3"), sandbox.Command({}, [["/no/such"]]), two])
+    assert found[0] == found[3] and found[0].status == "ok" and found[0].output == "42"
+    assert found[1].status == "error" and found[1].output == "out\n" and "bash ended with status 3: err" in found[1].error
+    assert found[2].status == "error" and "No such file" in found[2].error
+    assert sandbox.run_commands([]) == []
+
+
+def test_commands_have_limits_together(walls):
+    bomb, loop, huge, many, disk, loud = sandbox.run_commands(
+        [
+            command("a.sh", "b() { b | b & }; b; wait; sleep 5"),
+            command("a.pl", "while (1) {}"),
+            command("a.pl", "my $x = 'a' x (10 << 30); print length $x"),
+            command("a.pl", "for (1 .. 40) { if (!fork) { my $x = 'a' x (60 << 20); sleep 30 } } sleep 30"),
+            command("a.sh", "for i in 1 2 3 4 5 6; do head -c 60M /dev/zero > f$i || exit 1; done"),
+            command("a.sh", "yes"),
+        ],
+        limits={"seconds": 1, "wall_seconds": 4, "memory_mb": 300},
+    )
+    assert bomb.status in ("timeout", "ok", "error", "killed") and not bomb.values  # it ends, and the machine is as before
+    assert loop.status == "timeout" or "status -9" in loop.error
+    assert huge.status == "error" and huge.output == ""
+    assert many.status == "killed"  # no process breaks a limit of its own, together they do
+    assert disk.status == "error" and loud.status == "error" and len(loud.output) <= 1 << 15
+
+
+def test_commands_see_no_files_no_network_no_other_process(walls, tmp_path):
+    os.chmod(tmp_path, 0o755)
+    (tmp_path / "secret").write_text("s3cret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        look, write, connect, kill = sandbox.run_commands([
+            command("a.sh", f"cat {tmp_path}/secret /etc/passwd /etc/shadow /proc/1/environ; ls /home /root; id -u; env"),
+            command("a.sh", f"echo x > /usr/bin/x; echo x > {tmp_path}/x; echo x > /etc/x; mkdir /tmp/../x; ls"),
+            command("a.sh", f"echo x > /dev/tcp/127.0.0.1/{port} && echo through"),
+            command("a.sh", "kill -9 -1; kill -9 1; kill -9 $PPID; echo alive"),
+        ])  # fmt: skip
+    assert "s3cret" not in str(look) and "root:x" not in str(look) and "TOKEN" not in look.output
+    assert write.output == "a.sh\n" and not list(tmp_path.glob("x")) and not Path("/usr/bin/x").exists()
+    assert connect.status == "error" and "through" not in connect.output
+    assert kill.output == "alive\n"
+    with pytest.raises(CuveeError, match="behind namespaces only, and this machine gives none"):
+        sandbox.run_commands([command("a.sh", "")], level="rlimits")
+
+
 def test_best_level_and_failure(monkeypatch):
     assert working(best_level())
     with pytest.raises(CuveeError, match="'namespace' is not known; did you mean 'namespaces'"):
         run([Program("", ["1"])], level="namespace")
-    monkeypatch.setattr(sandbox, "_bubblewrap", lambda level: [])  # a warden outside the walls that its level needs
+    monkeypatch.setattr(sandbox, "_bubblewrap", lambda level, roots: [])  # a warden outside the walls that its level needs
     with pytest.raises(CuveeError, match="ended after 0 of 1 programs: RuntimeError: level 'bubblewrap' can't be built"):
         run([Program("", ["1"])], level="bubblewrap")
 

@@ -24,6 +24,10 @@ EASY = {
     "multilingual": {"categories": ["days"]},
     "rag": {"facts": 2, "noise": 0, "unanswerable": 0.0, "relations": 1, "things": 12, "values": 6},
     "safety": {},
+    "instruction_following": {"constraints": 1, "sentences": 1, "types": [
+        "punctuation:no_comma", "change_case:english_capital", "change_case:english_lowercase", "startend:quotation",
+        "startend:end_checker", "detectable_format:title", "keywords:existence", "keywords:forbidden_words", "keywords:frequency",
+        "length_constraints:number_words"]},
 }
 
 

@@ -1,0 +1,60 @@
+"""Citations and grounding, for prompts with something to cite: documents (of the chat template, or numbered lines of the last user
+turn) or results of tools. In [-1, 1]:
+
+-1 for a citation of a source that does not exist or does not hold the span's words; else, where `check` names the source
+(`source`, -1 for none, or `cites`), the F1 of the cited sources with it; else 1 with a citation and 0 without."""
+
+import json
+import re
+from typing import Any
+
+from stages.rewards._common import Checked
+from stages.tasks._common import plain
+from stages.tasks.rag import citations
+
+Sources = dict[tuple[int, int], str]  # (call, result) -> its text
+
+
+class Reward(Checked):
+    @staticmethod
+    def applies(prompt: dict[str, Any]) -> bool:
+        return bool(sources(prompt))
+
+    def score(self, prompt: dict[str, Any], text: str) -> float:
+        held, found = sources(prompt), citations(text)
+        if any(not _holds(held.get(source, ""), span) for span, cited in found for source in cited):
+            return -1.0
+        given = {source for _, cited in found for source in cited}
+        expected = _expected(prompt["check"])
+        if expected is None or not given or not expected:
+            return float(bool(given) == (expected is None or bool(expected)))
+        return 2 * len(given & expected) / (len(given) + len(expected))
+
+
+def _holds(text: str, span: str) -> bool:
+    return bool(plain(span)) and re.search(rf"(?<!\w){re.escape(plain(span))}(?!\w)", plain(text)) is not None
+
+
+def _expected(check: dict[str, Any]) -> set[tuple[int, int]] | None:
+    if "cites" in check:
+        return {tuple(check["cites"])} if check["cites"] else set()
+    return {(0, check["source"])} - {(0, -1)} if "source" in check else None
+
+
+def sources(prompt: dict[str, Any]) -> Sources:
+    """What a completion of the prompt may cite, by the number of its call and of its result."""
+    words = lambda value: value if isinstance(value, str) else value.get("text") or json.dumps(value, ensure_ascii=False)  # noqa: E731
+    found: Sources = {(0, i): words(document) for i, document in enumerate(prompt.get("documents") or [])}
+    call, turns = int(bool(found)), prompt["messages"]
+    for turn in turns:
+        if turn["role"] == "tool":
+            results = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
+            found |= {(call, i): words(result) for i, result in enumerate(results)}
+            call += 1
+        elif turn["role"] == "user":
+            for number, line in re.findall(r"^Observation (\d{1,4}): (.*)$", turn["content"], re.MULTILINE):
+                found |= {(int(number), i): text.strip() for i, text in enumerate(re.split(r"\[\d+\] ", line)[1:])}
+    if not found:
+        last = turns[-1]["content"] if turns and isinstance(turns[-1]["content"], str) else ""
+        found = {(0, int(n)): text for n, text in re.findall(r"^\[(\d{1,4})\] (.+)$", last, re.MULTILINE)}
+    return found

@@ -1,0 +1,17 @@
+"""The response's language, for prompts with `check.language` (ISO 639-1): 1 when py3langid finds it, -1 when it finds another.
+A response of fewer than 20 letters is not judged: names and numbers of one or two words belong to many languages."""
+
+from typing import Any
+
+from stages.rewards._common import Checked
+from stages.tasks._constraints import language_of
+
+
+class Reward(Checked):
+    @staticmethod
+    def applies(prompt: dict[str, Any]) -> bool:
+        return bool(prompt["check"].get("language"))
+
+    def score(self, prompt: dict[str, Any], text: str) -> float | None:
+        found = language_of(text)
+        return (1.0 if found == prompt["check"]["language"] else -1.0) if found else None
