@@ -33,12 +33,12 @@ class Speaker:
         self.stop = {self.tokenizer.eos_token_id}
         self.context = int(self.model.config.max_position_embeddings)
 
-    def prompt(self, messages: list[dict[str, str]], safety: str = "CONTEXTUAL") -> list[int]:
-        """The conversation as token ids, up to the assistant's turn. Raises CuveeError when it can't be rendered or
-        leaves the model no room to answer."""
+    def prompt(self, messages: list[dict[str, Any]], safety: str = "CONTEXTUAL", **variables: Any) -> list[int]:
+        """The conversation as token ids, up to the assistant's turn. variables: what the chat template takes beside them
+        (tools, documents). Raises CuveeError when it can't be rendered or leaves the model no room to answer."""
         from stages.chat.render import render
 
-        ids = render(self.tokenizer, messages, generation=True, safety_mode=safety).ids
+        ids = render(self.tokenizer, messages, generation=True, safety_mode=safety, **variables).ids
         if len(ids) >= self.context:
             raise CuveeError(
                 f"the conversation has {len(ids)} tokens and the model reads {self.context}; start a new or shorter one"
@@ -61,14 +61,14 @@ class Speaker:
 
 class Reply:
     """Pieces of text, made while it is iterated. Then `finish` says why it ended ("stop" at the end of the turn,
-    "length" at the limit of tokens) and `tokens` how many were made. With `top`, `told` has of each token made
+    "length" at the limit of tokens), `tokens` how many were made and `raw` their text, special tokens shown. With `top`, `told` has of each token made
     (id, nats, [(id, nats) of the likeliest]), at temperature 1; whoever reads it may empty it."""
 
     def __init__(
         self, speaker: Speaker, ids: list[int], room: int, choose: Callable[[Any], int], top: int | None = None
     ) -> None:
         self.speaker, self.ids, self.room, self.choose, self.top = speaker, ids, room, choose, top
-        self.finish, self.tokens = "length", 0
+        self.finish, self.tokens, self.raw = "length", 0, ""
         self.told: list[tuple[int, float, list[tuple[int, float]]]] = []
 
     def __iter__(self) -> Iterator[str]:
@@ -79,6 +79,7 @@ class Reply:
             if not text.endswith("\ufffd"):  # half a character: wait for its other bytes
                 yield text[len(shown) :]
                 shown = text
+        self.raw = tokenizer.decode(new)
         yield tokenizer.decode(new, skip_special_tokens=True)[len(shown) :]
 
     def _tokens(self) -> Iterator[int]:

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from flows.chat import Speaker
+from stages.chat.messages import Refused, declared, message, openai
+from stages.chat.read import read
 from stages.stage import CuveeError
 
 LOOPBACK = ["127.0.0.1", "localhost"]
@@ -31,12 +33,15 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    tool_calls: list[dict] | None = None
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def neutral(self) -> dict[str, Any]:
+        """In Hugging Face's schema. Raises Refused for a message that is none."""
+        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+        return message({**self.model_dump(exclude_none=True), "content": text})
 
 
 class ChatRequest(BaseModel):
@@ -56,6 +61,9 @@ class ChatRequest(BaseModel):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     user: str | None = None
+    tools: list[dict] | None = None
+    tool_choice: Literal["auto"] = "auto"
+    documents: list[dict] | None = None
     safety_mode: Literal["CONTEXTUAL", "STRICT", "NONE"] = "CONTEXTUAL"
 
     @model_validator(mode="before")
@@ -78,6 +86,10 @@ def app(folder: Path, name: str = "", rollouts: bool = False) -> FastAPI:
         first = error.errors()[0]
         return _refuse(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
 
+    @api.exception_handler(Refused)
+    async def none(request: Request, error: Refused) -> JSONResponse:
+        return _refuse(f"{error.reason}, found {error.found}")
+
     @api.exception_handler(CuveeError)
     async def refused(request: Request, error: CuveeError) -> JSONResponse:
         return _refuse(str(error))
@@ -88,7 +100,12 @@ def app(folder: Path, name: str = "", rollouts: bool = False) -> FastAPI:
 
     @api.post("/v1/chat/completions", response_model=None)
     def complete(request: ChatRequest) -> dict | StreamingResponse:
-        ids = speaker.prompt([message.plain() for message in request.messages], request.safety_mode)
+        if request.tools and request.stream:
+            raise CuveeError("stream: answers with tools come whole; send stream=false")
+        for tool in request.tools or []:
+            declared(tool)
+        variables = {"tools": request.tools, "documents": request.documents}
+        ids = speaker.prompt([one.neutral() for one in request.messages], request.safety_mode, **variables)
         turn = Turn(speaker, name, request, ids)
         return StreamingResponse(turn.stream(), media_type="text/event-stream") if request.stream else turn.whole()
 
@@ -129,8 +146,10 @@ class Turn:
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
     def whole(self) -> dict:
-        message = {"role": "assistant", "content": "".join(self.reply)}
-        choice = {"index": 0, "message": message, "finish_reason": self.reply.finish, **self._told()}
+        spoken, finish = {"role": "assistant", "content": "".join(self.reply)}, self.reply.finish
+        if self.request.tools and (calls := read(self.reply.raw).get("tool_calls")):
+            spoken, finish = openai({"role": "assistant", "content": None, "tool_calls": calls}), "tool_calls"
+        choice = {"index": 0, "message": spoken, "finish_reason": finish, **self._told()}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
     def stream(self) -> Iterator[str]:

@@ -8,10 +8,13 @@ beside them (stages.chat.render.VARIABLES). A message has a role and a text or a
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from stages.chat.render import VARIABLES
 
+CITED = re.compile(r"</co: ([^<>]*)>")  # Command A's: call: [results], call: [results]
+SOURCE = re.compile(r"(\d+):\[([\d, ]+)\]")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 PARTS = ("text", "thinking", "document")
 TYPES = {"tools": list, "documents": list, "safety_mode": str, "reasoning": bool, "citations": bool,
@@ -38,12 +41,13 @@ def conversation(record: Any) -> dict[str, Any]:
             row[name] = _decoded(record[name]) if TYPES[name] in (list, dict) else record[name]
             if not isinstance(row[name], TYPES[name]):
                 raise Refused(f"{name}: expected {TYPES[name].__name__}", row[name])
-    declared = {_declared(tool) for tool in row.get("tools", [])}
+    known = {declared(tool) for tool in row.get("tools", [])}
     if not all(isinstance(document, dict) for document in row.get("documents", [])):
         raise Refused("documents: expected a list of objects", row["documents"])
     _order(row["messages"])
+    _citations(row)
     called = {call["function"]["name"] for one in row["messages"] for call in one.get("tool_calls", [])}
-    if unknown := sorted(called - declared):
+    if unknown := sorted(called - known):
         raise Refused("tool_calls: a function that `tools` does not declare", unknown)
     return row
 
@@ -98,9 +102,31 @@ def message(one: Any) -> dict[str, Any]:
         if role != "assistant" or not isinstance(one["tool_calls"], list):
             raise Refused("tool_calls: expected a list, in a message of the assistant", one["tool_calls"])
         found["tool_calls"] = [_call(call) for call in one["tool_calls"]]
-    if role == "assistant" and not content and "tool_calls" not in found:
-        raise Refused("messages: an assistant's message without content or tool_calls", one)
     return found
+
+
+def openai(one: dict[str, Any]) -> dict[str, Any]:
+    """A message of the neutral schema as OpenAI has it: a call's arguments and a tool's result are JSON texts."""
+    found = dict(one)
+    if found.get("tool_calls"):
+        found["tool_calls"] = [
+            {**c, "id": c.get("id", f"call_{i}"), "function": {**c["function"], "arguments": _text(c["function"]["arguments"])}}
+            for i, c in enumerate(found["tool_calls"])
+        ]  # fmt: skip
+    if found["role"] == "tool":
+        found["content"] = _text(found["content"])
+    return found
+
+
+def said(turn: dict[str, Any]) -> str:
+    """A turn as text: what it says, the texts of its parts, the calls it makes as JSON."""
+    content = turn.get("content") or ""
+    parts = [content] if isinstance(content, str) else [p.get("text") or _text(p) if isinstance(p, dict) else p for p in content]
+    return "\n".join([*filter(None, parts), *(_text(call["function"]) for call in turn.get("tool_calls") or [])])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -114,7 +140,8 @@ def _call(call: Any) -> dict[str, Any]:
     return {"type": "function", **own, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _declared(tool: Any) -> str:
+def declared(tool: Any) -> str:
+    """The name of a tool in JSON schema. Raises Refused."""
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refused("tools: expected {type: function, function: {name, description, parameters}}", tool)
@@ -127,8 +154,31 @@ def _order(messages: list[dict[str, Any]]) -> None:
     spoken = [role for role in roles if role != "system"]
     if spoken[:1] != ["user"]:
         raise Refused("messages: the first one after the system message must be the user's", roles)
+    if any(m["role"] == "assistant" and not m["content"] and "tool_calls" not in m for m in messages):
+        raise Refused("messages: an assistant's message without content or tool_calls", messages)
     if roles[-1] != "assistant":
         raise Refused("messages: the last one must be the assistant's", roles)
     for before, after in zip(messages, messages[1:], strict=False):
         if "tool_calls" in before and after["role"] != "tool":
             raise Refused("messages: tool_calls that no tool message answers", roles)
+
+
+def _citations(row: dict[str, Any]) -> None:
+    """Raises Refused for a citation of a result that no call before has given. Calls are numbered over the conversation, from
+    the documents on, as the chat templates number them."""
+    results = [len(row["documents"])] if row.get("documents") else []
+    open_: dict[str, int] = {}  # of the last turn's calls: id -> number
+    for one in row["messages"]:
+        if one["role"] == "assistant":
+            said = one["content"] if isinstance(one["content"], str) else json.dumps(one["content"], ensure_ascii=False)
+            for cited in CITED.findall(said + one.get("thinking", "")):
+                for call, places in SOURCE.findall(cited):
+                    held = results[int(call)] if int(call) < len(results) else 0
+                    if any(int(place) >= held for place in re.findall(r"\d+", places)):
+                        raise Refused("citations: of a document or result that is not there", cited)
+            calls = one.get("tool_calls", [])
+            open_ = {call.get("id", str(i)): len(results) + i for i, call in enumerate(calls)}
+            results += [0] * len(calls)
+        elif one["role"] == "tool" and open_:
+            number = open_.pop(one["tool_call_id"] if one.get("tool_call_id") in open_ else next(iter(open_)))
+            results[number] = len(one["content"]) if isinstance(one["content"], list) else 1

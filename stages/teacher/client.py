@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from stages.chat.messages import Refused, message
+from stages.chat.messages import Refused, message, openai
 from stages.stage import ConfigError, CuveeError, option, parse, placement, unknown
 from stages.store.record import write_atomic
 
@@ -153,7 +153,7 @@ class Client:
         if request.teacher not in self.teachers:
             raise CuveeError(f"teacher: {unknown(request.teacher, sorted(self.teachers))}")
         teacher = self.teachers[request.teacher]
-        body = {"model": teacher.model, "messages": [_openai(m) for m in request.messages], "max_tokens": teacher.max_tokens,
+        body = {"model": teacher.model, "messages": [openai(m) for m in request.messages], "max_tokens": teacher.max_tokens,
                 "temperature": teacher.temperature, "top_p": teacher.top_p, "seed": request.seed, "tools": request.tools,
                 **request.options, **teacher.extra}  # fmt: skip
         return teacher, {name: value for name, value in body.items() if value is not None}
@@ -288,27 +288,10 @@ def _told(response: Any) -> str:
     return " ".join(str(text).split())[:200] or "no reason given"
 
 
-def _openai(one: dict[str, Any]) -> dict[str, Any]:
-    """A message of the neutral schema as OpenAI has it: a call's arguments and a tool's result are JSON texts."""
-    found = dict(one)
-    if found.get("tool_calls"):
-        found["tool_calls"] = [
-            {**c, "id": c.get("id", f"call_{i}"), "function": {**c["function"], "arguments": _text(c["function"]["arguments"])}}
-            for i, c in enumerate(found["tool_calls"])
-        ]  # fmt: skip
-    if found["role"] == "tool":
-        found["content"] = _text(found["content"])
-    return found
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _completion(answer: dict[str, Any]) -> Completion:
     try:
-        content = answer["message"].get("content") or ""
-        return Completion(message({**answer["message"], "role": "assistant", "content": content}), answer["finish"])
+        said = message(answer["message"] | {"role": "assistant", "content": answer["message"].get("content") or ""})
+        return Completion(said if said["content"] or "tool_calls" in said else None, answer["finish"])
     except Refused:
         return Completion(None, answer["finish"])
 

@@ -1,9 +1,13 @@
 """The renderer: the bytes of the tokenizer's own chat template, and a mask on the assistant's tokens and no others."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from stages.chat.messages import message as checked
+from stages.chat.read import read
 from stages.chat.render import MaskError, preview, render, render_row, response
 from stages.chat.template import BOS, END_OF_TURN, PAD, SPECIAL_TOKENS, TEMPLATE, UNK, special
 from stages.stage import CuveeError
@@ -240,6 +244,34 @@ def test_tools_and_documents_render_as_in_transformers(tokenizer, name, tmp_path
                 assert prompt == rendered.ids[: len(prompt)] and rendered.mask[len(prompt) - 1 :][:2] == [0, 1]
 
 
+@pytest.mark.parametrize("name", sorted(TEMPLATE))
+def test_what_was_written_is_read_back(tokenizer, name, tmp_path):
+    tokenizer = use(tokenizer, name, tmp_path)
+    plain = [([user("q"), assistant("a\n b", **more)], {}) for more in ({}, {"thinking": "hm"} if name != "chatml" else {})]
+    for messages, variables in plain + TOOL_CONVERSATIONS:
+        rendered = render(tokenizer, messages, **variables)
+        number = 0
+        for text, written in zip(trained(tokenizer, rendered), [m for m in messages if m["role"] == "assistant"], strict=True):
+            expected = {k: v for k, v in written.items() if k != "tool_calls"}
+            if written.get("tool_calls"):
+                made = [c["function"] | ({"arguments": json.loads(a)} if isinstance(a := c["function"]["arguments"], str) else {})
+                        for c in written["tool_calls"]]  # fmt: skip
+                ids = [{} if name == "chatml" else {"id": str(number + i)} for i in range(len(made))]
+                expected["tool_calls"] = [{"type": "function", **own, "function": f} for own, f in zip(ids, made, strict=True)]
+                number += len(made)
+                if name != "chatml":  # what is said before a call is thought
+                    expected |= {"content": ""} | ({"thinking": written["content"]} if written["content"] else {})
+            assert read(text) == expected
+            assert checked(read(text) | {"content": read(text)["content"] or "x"})["role"] == "assistant"
+
+
+def test_what_is_no_call_stays_text():
+    for text in ('<|START_ACTION|>[{"tool_name": 1}]<|END_ACTION|>', "<|START_ACTION|>{<|END_ACTION|>", "<|START_ACTION|>[",
+                 "<tool_call>\n[1]\n</tool_call>"):  # fmt: skip
+        found = read(text + END_OF_TURN + "never read")
+        assert "tool_calls" not in found and found["content"] == text.replace("<|START_ACTION|>", "").replace("<|END_ACTION|>", "")
+
+
 def test_command_a_writes_tool_turns_as_the_reference(tokenizer, tmp_path):
     """The turns of melody's tests/templating/cmd3/one_hop_with_tools_and_documents_citation_quality_on and of
     thinking_empty_val, byte by byte."""
@@ -342,6 +374,8 @@ def test_preview_and_response(tokenizer, tmp_path):
     assert preview(compact, render(compact, CONVERSATIONS[0])).endswith(f"[[What is 3 + 4?{END_OF_TURN}]]")
     assert response(f"<|START_THINKING|>no<|END_THINKING|><|START_RESPONSE|> yes <|END_RESPONSE|>{END_OF_TURN}") == "yes"
     assert response(f"plain {END_OF_TURN} and more") == "plain"
+    assert response("<|START_THINKING|>no<|END_THINKING|>yes") == "yes", "as compact writes it"
+    assert response('<|START_THINKING|>hm<|END_THINKING|><|START_ACTION|>\n{"a": 1}<|END_ACTION|>') == 'hm\n{"a": 1}'
     assert response("plain <|im_end|>\n<|im_start|>user") == "plain"
     assert preview(compact, render(compact, [user("q"), assistant("月曜日")])).endswith(f"[[月曜日{END_OF_TURN}]]"), "bytes of several tokens"
 

@@ -153,7 +153,9 @@ def test_stream_says_the_same_piece_by_piece(client):
     [
         ({"messages": []}, "messages"),
         ({"temperature": 9}, "temperature"),
-        ({"tools": [{}]}, "tools: Extra inputs are not permitted"),
+        ({"top_k": 3}, "top_k: Extra inputs are not permitted"),
+        ({"tools": [{}]}, "tools: expected {type: function"),
+        ({"messages": [{"role": "user", "content": "q", "tool_calls": [{}]}]}, "in a message of the assistant"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "the model reads 512"),
         ({"messages": [{"role": "user", "content": "<|USER_TOKEN|>"}]}, "special token"),
     ],

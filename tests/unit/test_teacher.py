@@ -320,7 +320,7 @@ def test_pools_dry_run_cache_and_refusals(tmp_path, pool):
     before = len(pool)
     metrics, _ = make(tmp_path, "two", cache=str(tmp_path / "kept"), completions=2)
     assert metrics["cached"] == 12 and len(pool) == before + 12
-    with pytest.raises(CuveeError, match="min_reward: none of 12 answers to 6 prompts"):
+    with pytest.raises(CuveeError, match="min_reward: of 12 answers to 6 prompts 10 are whole"):
         make(tmp_path, "three", min_reward=2.0)
     for values, reason in (({"teachers": {}}, "teachers: is empty"), ({"judge": "odds"}, "judge: 'odds' is not known; did you mean 'odd'"),
                            ({"pools": {"maths": ["odd"]}}, "pools: 'maths'"), ({"pools": {"math": ["x"]}}, "pools.math: 'x'"),
@@ -338,7 +338,7 @@ def test_where_a_teacher_runs_and_what_it_costs_is_no_part_of_the_address():
     assert address() != address(temperature=0.5) and address() != address(model="n")
 
 
-def test_a_served_model_is_a_teacher(tmp_path):
+def test_a_served_model_is_a_teacher(tmp_path, monkeypatch):
     import uvicorn
 
     from flows.serve import app
@@ -360,6 +360,26 @@ def test_a_served_model_is_a_teacher(tmp_path):
         assert [c.message for c in Client(made.teachers, tmp_path / "other").complete(requests)] == [c.message for c in found]
         with pytest.raises(CuveeError, match="refuses the request: status 400, temperature"):
             made.complete([ask("x", options={"temperature": 3.0})])
+        # What it would say if it knew: a call of the tool, under the tokens of the template.
+        from transformers import AutoTokenizer
+
+        text = '<|START_ACTION|>\n{"tool_call_id": "0", "tool_name": "f", "parameters": {"x": "é"}}<|END_ACTION|><|END_OF_TURN_TOKEN|>'
+        tokens = iter(AutoTokenizer.from_pretrained(tmp_path / "model").encode(text, add_special_tokens=False))
+        monkeypatch.setattr("flows.chat._choose", lambda *_: next(tokens))
+        tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+        asked = [{"role": "user", "content": "q"}]
+        values["max_tokens"] = 200
+        agent = Client(teachers({"t": values}, "x"), tmp_path / "cache")
+        (done,) = agent.complete([Request("t", asked, tools=tools)])
+        call = {"type": "function", "id": "0", "function": {"name": "f", "arguments": {"x": "é"}}}
+        assert done.finish == "tool_calls" and done.message == {"role": "assistant", "content": "", "tool_calls": [call]}
+        before = agent.usage["t"].prompt_tokens
+        tokens = iter([8])  # the end of the turn
+        history = [*asked, done.message, {"role": "tool", "tool_call_id": "0", "content": {"y": 2}}]
+        (done,) = agent.complete([Request("t", history, tools=tools)])
+        assert done.message is None and agent.usage["t"].prompt_tokens > 2 * before + len(text.encode()) - 60
+        with pytest.raises(CuveeError, match="status 400, .*stream"):
+            agent.complete([Request("t", asked, tools=tools, options={"stream": True})])
     finally:
         server.should_exit = True
         thread.join(10)
