@@ -84,13 +84,20 @@ def compose(overrides: list[str]) -> DictConfig:
 def _compose(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("cuvee", overrides=list(overrides))
+        return hydra_compose("cuvee", overrides=[*_always(overrides), *overrides])
+
+
+def _always(overrides: list[str]) -> list[str]:
+    """What the chosen recipe is, whatever the scale: the overrides that its file lists under `always`. The user's win."""
+    path = CONF / "recipe" / f"{split(overrides, ('recipe',))[0].get('recipe', default('recipe'))}.yaml"
+    found = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return found.get("recipe", found).get("always", [])
 
 
 def _open_dictionaries(overrides: list[str]) -> list[str]:
     """The overrides with `++` before those that add a key to a dictionary field (rewards, weights, mix, options):
     Hydra takes a dictionary's keys of today for all that may ever be."""
-    base, opened = _compose([]), []
+    base, opened = _compose(_groups(overrides)), []
     for override in overrides:
         key = override.partition("=")[0]
         node, free = base, False
@@ -100,6 +107,11 @@ def _open_dictionaries(overrides: list[str]) -> list[str]:
             free = free or (inside and isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict)
         opened.append(f"++{override}" if free and override[0] not in "+~" else override)
     return opened
+
+
+def _groups(overrides: list[str]) -> list[str]:
+    """The overrides that choose a file of a group: a recipe may bring sections of its own."""
+    return [one for one in overrides if (CONF / one.lstrip("+~").partition("=")[0].split("@")[0]).is_dir()]
 
 
 def _primary() -> dict:
@@ -123,13 +135,16 @@ def _sentence(error: Exception, overrides: list[str]) -> str:
             choices = sorted(p.stem for p in group.glob("[!_]*.yaml"))
             return f"{key}: {unknown(value, choices)}"
         if str(error).splitlines()[0].find(override) >= 0 or key in str(error) or key.split(".")[-1] in reason:
-            problem = _unknown_key(key)
+            problem = _unknown_key(key, _groups(overrides))
             return problem or f"{key}={value}: {reason}"
     return reason
 
 
-def _unknown_key(key: str) -> str | None:
-    node = _compose([])
+def _unknown_key(key: str, groups: list[str]) -> str | None:
+    try:
+        node = _compose(groups)
+    except (HydraException, OmegaConfBaseException):  # a choice is what is wrong
+        node = _compose([])
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig):

@@ -1,0 +1,36 @@
+"""Whole runs through a bucket that are killed again and again; then: no half, double or repeated artifact, and no secret
+in anything that was written or said. The long version is infra/bench/chaos.py."""
+
+import os
+
+import boto3
+
+from infra.bench.chaos import Chaos, secrets_left
+
+CANARIES = {"HF_TOKEN": "canary-hf-8d2e", "MLFLOW_TRACKING_PASSWORD": "canary-mlflow-77aa", "PGPASSWORD": "canary-pg-3c1b",
+            "AWS_SESSION_TOKEN": ""}
+RECIPE = ("scale=micro", "recipe.experts=[math]", "--until", "pretrained")
+
+
+def test_runs_that_are_killed_finish_whole_and_tell_no_secret(tmp_path, monkeypatch):
+    for name in ("CUVEE_STATE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # what it sets ends with the test
+    monkeypatch.delenv("AWS_PROFILE")
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_SESSION_TOKEN")
+    chaos = Chaos(tmp_path, 1, RECIPE, (3, 10), ("stage", "worker", "run", "network to the bucket"), real=False)
+    try:
+        tally = chaos.run(4)
+        assert tally.faults == 0, tally
+        assert len(tally.kills) == 4 and tally.artifacts >= 5, tally
+        client = boto3.session.Session().client("s3", endpoint_url=chaos.upstream)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket="chaos")
+        objects = {item["Key"]: client.get_object(Bucket="chaos", Key=item["Key"])["Body"].read()
+                   for page in pages for item in page["Contents"]}
+    finally:
+        chaos.close()
+    assert (chaos.state / "tracking").exists()  # what MLflow will be told
+    for secret in ("canary", chaos.keys["AWS_SECRET_ACCESS_KEY"]):
+        assert secrets_left(tmp_path, secret) == []
+        assert [name for name, body in objects.items() if secret.encode() in body] == []
