@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,10 +138,28 @@ def prefect_api() -> Iterator[str]:
         yield running
         return
     port, log = free_port(), state_dir() / "logs" / "prefect.log"
-    server = start_prefect(port, log, private=True)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    try:
+    with _kept(lambda: start_prefect(port, log, private=True)) as server:
         wait_for(server, f"http://127.0.0.1:{port}/api/health", log, "the Prefect server")
         yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def _kept(start: Callable[[], subprocess.Popen]) -> Iterator[subprocess.Popen]:
+    """A server that is started again when it dies while it is needed: Prefect's client waits about a minute for it."""
+    server, ended = start(), threading.Event()
+
+    def keep() -> None:
+        nonlocal server
+        while not ended.wait(1.0):
+            if server.poll() is not None:
+                server = start()
+
+    first, keeper = server, threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield first
     finally:
+        ended.set()
+        keeper.join()
         stop(server)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import subprocess
@@ -55,7 +56,10 @@ class Maker:
         """
         record = self.store.record(node.fingerprint)
         if record is None:
-            with self.store.lease(node.fingerprint):
+            lease = self.store.lease(node.fingerprint)
+            if not lease.wait(self._cancelled):
+                raise Cancelled(f"{node.name}: interrupted while another run was making it")
+            with lease:
                 record = self.store.record(node.fingerprint)  # made by the lease's last holder?
                 if record is None:
                     with self._cores(threads, order):
@@ -69,7 +73,7 @@ class Maker:
         with self._turn:
             self._turn.notify_all()
             jobs = list(self._jobs)
-        enders = [threading.Thread(target=job.cancel) for job in jobs]
+        enders = [threading.Thread(target=_end, args=(job,)) for job in jobs]
         for ender in enders:
             ender.start()
         for ender in enders:
@@ -205,6 +209,13 @@ class Maker:
             "seconds": round(time.time() - started, 3), "threads": threads, "environment": environment(),
             "estimate": vars(node.estimate), "mlflow": self.tracker.address(run),
         }
+
+
+def _end(job: Any) -> None:
+    try:
+        job.cancel()
+    except CuveeError as error:  # it may still run, where only a person can see to it
+        logging.getLogger("cuvee.step").error("%s", error)
 
 
 def ancestors(store: Any, found: Any) -> dict[str, dict[str, Any]]:

@@ -61,9 +61,16 @@ class Lease:
         self._beater: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
-        while not self.acquire():
-            time.sleep(self.POLL_SECONDS)
+        if self._beater is None:
+            self.wait(threading.Event())
         return self
+
+    def wait(self, cancelled: threading.Event) -> bool:
+        """Until this lease is held; False where `cancelled` is set before."""
+        while not self.acquire():
+            if cancelled.wait(self.POLL_SECONDS):
+                return False
+        return True
 
     def __exit__(self, error: object, *_: object) -> None:
         self.release(done=error is None)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 
 import boto3
@@ -162,6 +163,9 @@ def test_a_lease_is_exclusive_and_passes_from_a_dead_holder(tmp_path):
     assert ready.wait(30)
     mine = Lease(path)
     assert not mine.acquire()
+    cancelled = threading.Event()
+    threading.Timer(0.3, cancelled.set).start()
+    assert not mine.wait(cancelled)  # Ctrl-C while another run makes it
     holder.kill()
     holder.join()
     assert any(mine.acquire() for _ in range(3))
