@@ -158,6 +158,7 @@ class Maker:
                           for fp, record in ancestors(self.store, parents.values()).items()},
             "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
             "threads": threads, "device": self.device if node.needs_device else "cpu",
+            "share": 1.0 if self.launcher.REMOTE else threads / self.cores,  # of a GPU's memory
             "processes": self.devices if node.distributed else 1,
             "mirror": self.store.mirror(node.fingerprint),
         }

@@ -1,7 +1,7 @@
 """Run one stage from a spec file: `python -m stages.run spec.json`. Knows nothing of Prefect, MLflow or clusters.
 
 The spec: {"stage", "config", "inputs": {arg: {"path", "record"} or {key: {...}}}, "ancestors": {fingerprint: record},
-"out", "scratch", "result", "threads", "device"}. The outcome is written to `result`:
+"out", "scratch", "result", "threads", "device", "share"}. The outcome is written to `result`:
 {"status"} with {"metrics", "series"} or {"error"}; the exit status is one of those below.
 
 Several processes may run one stage (torchrun's RANK and WORLD_SIZE): the first writes, logs and answers, but for an
@@ -87,7 +87,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     threads = max(1, spec["threads"] // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     mirror = Mirror(**spec["mirror"]) if spec.get("mirror") and not rank else None
     ctx = (Silent if rank else Context)(scratch=scratch, threads=threads, device=spec["device"], mirror=mirror)
-    _use_device(ctx.device)
+    _use_device(ctx.device, spec.get("share", 1.0))
     module = load(spec["stage"])
     config = parse(module.Config, spec["config"], spec["name"])
     inputs = {arg: _artifacts(one, spec["ancestors"]) for arg, one in spec["inputs"].items()}
@@ -96,8 +96,9 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": {k: v for k, v in metrics.items() if math.isfinite(v)}, "series": series(scratch)}
 
 
-def _use_device(device: str) -> None:
-    """Raises ConfigError where a GPU is asked for and there is none; hides those that were not asked for."""
+def _use_device(device: str, share: float) -> None:
+    """Raises ConfigError where a GPU is asked for and there is none; hides those that were not asked for. share: of the
+    GPU's memory, the rest being for stages that run beside this one."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device == "cuda":
@@ -106,6 +107,7 @@ def _use_device(device: str) -> None:
         if not torch.cuda.is_available():
             raise ConfigError("cluster.device: cuda, but torch finds no NVIDIA GPU here; set cluster=local")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_per_process_memory_fraction(share)
         cuda.prepare()
 
 

@@ -1,4 +1,4 @@
-"""What a GPU process needs before Transformer Engine is imported."""
+"""What a GPU process needs before Transformer Engine is imported, and the memory that it may have."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def prepare() -> None:
 
     for library in sorted(folder.glob("lib/libcudnn*.so.*")):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still allocate on its GPU: of what is free there, and of its share of the whole."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    share = int(torch.cuda.get_per_process_memory_fraction() * total) - torch.cuda.memory_allocated()
+    return min(free + unused, share)

@@ -73,6 +73,8 @@ class Ending:
     def __init__(self, launcher, status, count):
         self.launcher, self.status, self.left, self.starts = launcher, status, count, 0
 
+    REMOTE = False
+
     def launch(self, spec, log, threads):
         self.starts, self.left = self.starts + 1, self.left - 1
         log.touch()

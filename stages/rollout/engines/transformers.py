@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from stages.model.cuda import free_memory
 from stages.model.inference import extend, extended, take_rows
 from stages.rollout.engines._engine import Completion, differences, parity
 from stages.rollout.engines._slots import Slots, choose, output_logits
@@ -124,8 +125,7 @@ class Engine:
         windows, capacity = self._windows(), max(map(len, prompts)) + new
         rows = min(ROWS["cuda"], -(-len(prompts) * n // 16) * 16, max(1, LOGITS // self.model.config.vocab_size))
         if self.model.device.type == "cuda":
-            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            rows = max(1, min(rows, int(MEMORY * free) // Slots.row_bytes(self.model, windows, capacity)))
+            rows = max(1, min(rows, int(MEMORY * free_memory()) // Slots.row_bytes(self.model, windows, capacity)))
         if self.slots is None or not self.slots.fits(capacity, rows, new, temperature, stop):
             self.slots = None  # its memory first
             capacity = -(-capacity // 256) * 256  # so that a somewhat longer prompt needs no new graphs
