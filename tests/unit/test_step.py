@@ -70,10 +70,10 @@ def test_a_stage_is_made_once_and_then_found(maker, documents):
 class Ending:
     """A launcher whose first jobs end with `status`; the next one is real."""
 
+    REMOTE = False
+
     def __init__(self, launcher, status, count):
         self.launcher, self.status, self.left, self.starts = launcher, status, count, 0
-
-    REMOTE = False
 
     def launch(self, spec, log, threads):
         self.starts, self.left = self.starts + 1, self.left - 1
