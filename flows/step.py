@@ -167,8 +167,8 @@ class Maker:
 
     def _launch(self, node: Node, folder: Path, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
         """Start the stage, again from its last checkpoint when it dies by a signal, or as often as it asks for that.
-        Returns its outcome."""
-        deaths = 0
+        Returns its outcome. Deaths count until a newer checkpoint shows that it gets on."""
+        deaths, reached = 0, _newest_checkpoint(folder / "scratch")
         while deaths < ATTEMPTS:
             if self._cancelled.is_set():
                 raise Cancelled(f"{node.name}: interrupted")
@@ -176,6 +176,8 @@ class Maker:
             job = self.launcher.launch(folder / "spec.json", folder / "log.txt", threads)
             with self._turn:
                 self._jobs.add(job)
+            if self._cancelled.is_set():  # while it was being started: `cancel` did not see it
+                _end(job)
             try:
                 status = job.wait(log)
             finally:
@@ -190,7 +192,8 @@ class Maker:
                 raise CuveeError(f"{node.name}: {error}")
             if status > 0 and status != AGAIN:
                 break  # an exception is a defect: the same again would give the same
-            deaths += status != AGAIN
+            before, reached = reached, _newest_checkpoint(folder / "scratch")
+            deaths = (0 if reached > before else deaths) + (status != AGAIN)
             log(f"{node.name}: ended with status {status}; starting again from its checkpoint")
         tail = "\n    ".join((folder / "log.txt").read_text(errors="replace").splitlines()[-LOG_TAIL:])
         raise CuveeError(f"{node.name}: the stage ended with status {status}; the log is {folder / 'log.txt'} "
@@ -210,6 +213,10 @@ class Maker:
             "seconds": round(time.time() - started, 3), "threads": threads, "environment": environment(),
             "estimate": vars(node.estimate), "mlflow": self.tracker.address(run),
         }
+
+
+def _newest_checkpoint(scratch: Path) -> str:
+    return max((mark.parent.name for mark in scratch.glob("checkpoints/*/commit.json")), default="")
 
 
 def _end(job: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.rollout._collect import read_jsonl
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
-from stages.train._groups import ObjectiveConfig
+from stages.train._groups import ObjectiveConfig, needs_values
 from stages.trainer.config import TrainConfig
 
 VERSION = "1"
@@ -27,7 +27,8 @@ class Config(ObjectiveConfig, TrainConfig):
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     config.check()
-    config.resolve(*KINDS)
+    if needs_values(config.resolve(*KINDS)[0]):
+        raise ConfigError(f"objective: {config.objective} needs a value network; use the stage train.rl, or copg, grpo, rloo")
     if config.batch_groups < 1 or config.pairs_per_prompt < 1:
         raise ConfigError(
             f"batch_groups is {config.batch_groups}, pairs_per_prompt {config.pairs_per_prompt}; give at least 1"

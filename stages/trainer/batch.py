@@ -17,13 +17,15 @@ class Sequence:
     nothing predicts the first token). fields: numbers an objective needs of this sequence (reward, label, ...);
     all sequences of a run carry the same keys. behaviour: float32 [T], log-probability of token t under the policy that
     sampled it (read where the mask is not 0). teacher: int32 [T, k] and float32 [T, k], a teacher's likeliest tokens in the
-    place of token t, with their log-probabilities. All sequences of a run have these, or none."""
+    place of token t, with their log-probabilities. token_fields: float32 [T] each, more that an objective needs of each
+    target (PPO's advantage). All sequences of a run have these, or none."""
 
     tokens: np.ndarray
     mask: np.ndarray
     fields: dict[str, float] = field(default_factory=dict)
     behaviour: np.ndarray | None = None
     teacher: tuple[np.ndarray, np.ndarray] | None = None
+    token_fields: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 # Sequences of one group always share a microbatch: the two of a pair, the k completions of a prompt.
@@ -43,6 +45,7 @@ class Packed:
     scores: float32 [S], reward head at each sequence's last token, with gradient.
     teacher: float32 [M, k], log-probabilities of a teacher's tokens (Sequence.teacher) in M places. Then N = M * (k + 1): of
     each place the teacher's k tokens, then its own.
+    values: float32 [N], a value head before each target, with gradient. token_fields: name -> float32 [N].
     """
 
     logprobs: Tensor
@@ -54,6 +57,8 @@ class Packed:
     scores: Tensor | None = None
     behaviour: Tensor | None = None
     teacher: Tensor | None = None
+    values: Tensor | None = None
+    token_fields: dict[str, Tensor] = field(default_factory=dict)
 
     def sums(self, values: Tensor) -> Tensor:
         """Masked sums: values [N] -> [S], sum over each sequence's targets of mask * value (0 without targets)."""

@@ -34,6 +34,14 @@ SPIKE_STEPS = 32  # recent losses whose median a spike is measured by; half of t
 FIRST_LOSS = 0.3  # how far, relative to ln(vocabulary), the first loss of a new model may be without a warning
 
 
+class Critic(Protocol):
+    """A value network: the folder of its first weights, and what it minimises."""
+
+    init: Path
+
+    def objective(self, batch: Packed) -> Loss: ...
+
+
 class Stream(Protocol):
     """A stream may also have `prefetchable` = True, where a batch is a function of the step alone and may be built in
     a thread, and `fingerprint`, which tells its data from others when a run goes on."""
@@ -71,10 +79,12 @@ def train(
     init: Path | None = None,
     head: str = "lm",
     reference: Path | None = None,
+    critic: Critic | None = None,
 ) -> dict[str, float]:
     """Train for config.steps and write the CHECKPOINT folder (REWARD_MODEL for head "reward") to `out`.
 
-    model: sizes; by default those of `init`. Goes on from the newest whole checkpoint in ctx.scratch, with the same
+    model: sizes; by default those of `init`. critic: of a value network, which the stream trains as `trainer.critic`; its
+    checkpoints are the policy's, and it is not published. Goes on from the newest whole checkpoint in ctx.scratch, with the same
     result, bit for bit, as an uninterrupted run on a CPU with as many threads. SIGTERM saves and exits with status
     AGAIN. Returns the closing metrics: means over the last steps, tokens seen, steps skipped.
     Raises CuveeError after config.max_skipped steps in a row that were skipped, and for checkpoints that are all
@@ -89,6 +99,8 @@ def train(
     marks = committed(ctx.scratch / "checkpoints")
     placed = config.placed(min(int(marks[-1].name), config.steps - 1) if marks else 0)
     trainer = Trainer(placed, sizes, objective, init, head, reference)
+    if critic is not None:
+        trainer.critic = Trainer(placed, folder.read_config(critic.init), critic.objective, critic.init, "value")
     log = (lambda _: None) if dist.get_rank() else ctx.log
     checkpoints = Checkpoints(ctx.scratch / "checkpoints", config.keep_every, config.async_save, ctx.mirror)
     progress = Progress()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,7 @@ class Microbatch:
     tokens: int64 [1, T]. rows: int64 [N], packed row that predicts each target. targets: int64 [N]. mask: float32 [N].
     sequence: int64 [N], 0..S-1. group: int64 [S]. last: int64 [S], row of each sequence's last token.
     fields: name -> float32 [S]. numbers: place of each sequence in the step's batch. reference: float32 [N].
-    behaviour: float32 [N], teacher: float32 [M, k] with N = M * (k + 1): as in Packed, or None.
+    behaviour: float32 [N], teacher: float32 [M, k] with N = M * (k + 1): as in Packed, or None; so token_fields.
     places: int64 [N] in host memory, how many tokens precede each target in its sequence, less one.
     Under context parallelism tokens are this rank's share [1, T / ranks], rows are numbered in that share and given for
     its targets only, `here`: int64 [at most N], as `last_here` are the sequences whose `last` it has; `packing` and all
@@ -46,6 +46,7 @@ class Microbatch:
     teacher: Tensor | None = None
     here: Tensor | None = None
     last_here: Tensor | None = None
+    token_fields: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def build(
     mask[ends - lengths] = 0.0  # nothing predicts a first token
     at, targets = _targets(sequences, tokens, np.flatnonzero(mask), vocab_size)
     sequence = np.repeat(np.arange(len(sequences)), lengths)[at]
+    more = {name: np.concatenate([s.token_fields[name] for s in sequences])[at] for name in sequences[0].token_fields}
     row, padded, documents, last = _padded(tokens, lengths, sharing, least)
     rows, arrays = row[at - 1], {**targets, "mask": mask[at], "sequence": sequence}
     share = None
@@ -141,6 +143,7 @@ def build(
     put = partial(to_device, device=sharing.device)
     return Microbatch(
         **{name: put(array) for name, array in arrays.items()}, fields={name: put(a) for name, a in fields.items()},
+        token_fields={name: put(a) for name, a in more.items()},
         packing=pack(documents, sharing.device, share), numbers=numbers, places=at - 1 - (ends - lengths)[sequence],
     )  # fmt: skip
 

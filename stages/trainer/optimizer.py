@@ -134,6 +134,9 @@ class Optimizer:
         for name, chunk in chunks.items():
             chunk.load_state_dict(state[name])
         with torch.no_grad():
+            if self.kind == "plain" and self._torch:  # Megatron-core leaves a step of 0 out, and then misses it
+                own = state["optimizer"].get("optimizer", state["optimizer"])
+                own["state"].setdefault("common_step", torch.zeros(()))
             self.inner.load_state_dict(state["optimizer"])
             self._create_state()
             for parameter, values in zip(self._parameters(), state["shared"], strict=True):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -37,8 +38,10 @@ GPU_ROWS = 128  # tokens of a microbatch on a GPU are a multiple: FP8 needs 16, 
 
 
 class Trainer:
-    """A policy (or reward model), its optimizer, and an optional frozen reference.
+    """A policy (or reward model, or value network), its optimizer, and an optional frozen reference.
 
+    head: "lm"; "reward", a score of each sequence at its last token; "value", a score where each target is predicted.
+    critic: a value network that is saved and resumed with the policy, if its owner sets one.
     init: folder of the first weights; without it they are drawn from config.seed. Everything here is a collective
     over all ranks. Raises CuveeError where weights and sizes do not fit.
     """
@@ -53,6 +56,8 @@ class Trainer:
         reference: Path | None = None,
     ):
         self.config, self.sizes, self.objective, self.head = config, sizes, objective, head
+        self.critic: Trainer | None = None
+        head = "lm" if head == "lm" else "reward"  # the model's
         with cuda_names():
             parallel.initialise(config, sizes)
             self.device = parallel.device()
@@ -125,6 +130,8 @@ class Trainer:
         """The format of matrix products from the next step on; FP8 and BF16 may follow each other at any step."""
         for chunk in self.chunks:  # the reference stays: no checkpoint keeps FP8's scales of it
             set_precision(chunk.config, name)
+        if self.critic:
+            self.critic.set_precision(name)
 
     def step(self, groups: list[Group], lr: float, limit: float = math.inf) -> dict[str, float]:
         """One optimizer step on `groups`: the sum of the objective's sums over the sum of its counts.
@@ -161,6 +168,10 @@ class Trainer:
             raise CuveeError("this run has no reference model: the objective's NEEDS_REFERENCE is not set")
         return self._logprobs(self.reference, groups)
 
+    def values(self, groups: list[Group]) -> list[np.ndarray]:
+        """A value network's output, as `logprobs`: float32 [T - 1], where token t is predicted."""
+        return self._logprobs(self.chunks, groups)
+
     def hf_state(self) -> dict[str, Tensor]:
         """A copy of the weights by Hugging Face names, FP32, on every rank."""
         return weights.state(self.chunks, self.rows, self.optimizer.main)
@@ -180,6 +191,8 @@ class Trainer:
             checkpoint.check_kind(path, self.optimizer.kind)
             state = checkpoint.load(path, self._sharded_state(True))
             self.optimizer.load(self._named(), state)
+            if self.critic:
+                self.critic.optimizer.load(self.critic._named(), state["critic"])
 
     def _named(self) -> dict[str, Model]:
         """The chunks under the names that Megatron-core's optimizer knows in a state dict."""
@@ -187,7 +200,11 @@ class Trainer:
         return {f"model{i}" if several else "model": chunk for i, chunk in enumerate(self.chunks)}
 
     def _sharded_state(self, loading: bool) -> dict[str, Any]:
-        return self.optimizer.sharded_state(self._named(), loading) | {"kind": self.optimizer.kind}
+        state = self.optimizer.sharded_state(self._named(), loading) | {"kind": self.optimizer.kind}
+        if self.critic:
+            state["critic"] = self.critic._sharded_state(loading)
+            add_prefix_for_sharding(state["critic"], "critic.")
+        return state
 
     def _microbatches(self, groups: list[Group]) -> list[Microbatch]:
         c = self.config
@@ -217,7 +234,7 @@ class Trainer:
 
     def _forward(self, batches: Iterator[Microbatch], model: Any, reward: bool, after: Callable) -> tuple[Tensor, Callable]:
         batch = next(batches)
-        rows, targets = (batch.last, None) if reward else (batch.rows, batch.targets)
+        rows, targets = (batch.last, None) if reward else (batch.rows, None if self.head == "value" else batch.targets)
 
         def finish(output: Tensor) -> Any:
             return after(batch, _whole(batch, output, reward))
@@ -229,7 +246,7 @@ class Trainer:
         reward = self.head == "reward"
         loss = self.objective(
             Packed(
-                logprobs=output.new_zeros(len(batch.mask)) if reward else output,
+                logprobs=output if self.head == "lm" else output.new_zeros(len(batch.mask)),
                 mask=batch.mask,
                 sequence=batch.sequence,
                 group=batch.group,
@@ -238,6 +255,8 @@ class Trainer:
                 behaviour=batch.behaviour,
                 teacher=batch.teacher,
                 scores=output if reward else None,
+                values=output if self.head == "value" else None,
+                token_fields=batch.token_fields,
             )
         )
         count = torch.as_tensor(loss.count, dtype=self._count.dtype, device=self.device).detach()

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from stages.model.folder import read_config
-from stages.stage import resolve
-from stages.train._groups import make_sequence, prepared
+from stages.stage import Context, resolve
+from stages.train._critic import Critic, Criticised
+from stages.train._groups import make_sequence, needs_values, prepared
 from stages.trainer.batch import Group, Sequence
 from stages.trainer.config import TrainConfig
 from stages.trainer.microbatch import Sharing, build
@@ -23,7 +24,7 @@ from tests.resume.test_trainer_parallel import port
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*trainer_run.PRELOAD, "tests.resume.trainer_run"])
-OBJECTIVES = ("grpo", "kto", "distill")
+OBJECTIVES = ("grpo", "kto", "distill", "ppo")
 
 
 def groups(teacher: bool) -> list[Group]:
@@ -54,7 +55,7 @@ class Fixed:
         return self.batch_of_all
 
 
-def steps(model: Path, **layout) -> dict[str, list[dict[str, float]]]:
+def steps(model: Path, scratch: Path, **layout) -> dict[str, list[dict[str, float]]]:
     """Metrics of three steps with each objective."""
     from stages.trainer.trainer import Trainer
 
@@ -68,6 +69,10 @@ def steps(model: Path, **layout) -> dict[str, list[dict[str, float]]]:
             reference=model if module.NEEDS_REFERENCE else None,
         )  # fmt: skip
         stream = prepared(module, Fixed(groups(name == "distill")))
+        if needs_values(module):
+            critic = Critic(model, module, module.Config())
+            trainer.critic = Trainer(trainer.config, read_config(model), critic.objective, model, "value")
+            stream = Criticised(stream, critic, trainer.config, Context(scratch))
         found[name] = [trainer.step(stream.batch(step, trainer), 3e-3) for step in range(3)]
     return found
 
@@ -75,7 +80,7 @@ def steps(model: Path, **layout) -> dict[str, list[dict[str, float]]]:
 def rank_main(rank: int, free: int, model: Path, out: Path, layout: dict) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free)}  # fmt: skip
-    found = steps(model, **layout)
+    found = steps(model, out.parent, **layout)
     if rank == 0:
         out.write_text(json.dumps(found))
 
@@ -88,8 +93,8 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(model):
-    return steps(model)
+def single(model, tmp_path_factory):
+    return steps(model, tmp_path_factory.mktemp("single"))
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline_parallel": 2}], ids=["DP2", "PP2"])

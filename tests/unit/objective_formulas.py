@@ -105,6 +105,15 @@ def dapo(groups):
     ]))  # fmt: skip
 
 
+def value_network(groups):
+    return float(np.mean([
+        ppo(math.exp(p - old), advantage, 0.2, 0.2)
+        for g in groups
+        for s in g
+        for p, old, advantage in zip(s["logp"], s["old"], s["advantage"], strict=True)
+    ]))  # fmt: skip
+
+
 def leave_one_out(g, beta):
     shaped = [s["reward"] - beta * float(np.sum(np.array(s["old"]) - np.array(s["ref"]))) for s in g]
     return [r - np.mean(shaped[:i] + shaped[i + 1 :]) for i, r in enumerate(shaped)]
@@ -123,6 +132,6 @@ def mdloo(g):
     return np.mean(terms)
 
 
-FORMULAS = {"ce": ce, "distill": distill, "kto": kto, "dapo": dapo} | {
+FORMULAS = {"ce": ce, "distill": distill, "kto": kto, "dapo": dapo, "ppo": value_network} | {
     function.__name__: mean(function) for function in (bradley_terry, dpo, ipo, slic, copg, srpo, grpo, rloo, mdloo)
 }

@@ -8,6 +8,7 @@ import torch
 from objective_formulas import FORMULAS
 
 from stages import stage
+from stages.train._groups import needs_values
 from stages.trainer.batch import Loss, Packed
 
 NAMES = stage.names("objectives")
@@ -22,7 +23,7 @@ def pack(groups, objective, dtype=torch.float32):
     cat = lambda key, fill: torch.tensor(  # noqa: E731
         [v for _, s in flat for v in s.get(key, [fill] * len(s["logp"]))], dtype=dtype
     )
-    names = [k for k in flat[0][1] if k not in ("logp", "ref", "old", "mask", "score")]
+    names = [k for k in flat[0][1] if k not in ("logp", "ref", "old", "mask", "score", "advantage")]
     leaf = cat("logp", 0.0).requires_grad_()
     packed = Packed(
         logprobs=leaf,
@@ -33,6 +34,8 @@ def pack(groups, objective, dtype=torch.float32):
         reference=cat("ref", 0.0) if objective.NEEDS_REFERENCE else None,
         behaviour=cat("old", 0.0) if objective.NEEDS_BEHAVIOUR else None,
     )
+    if needs_values(objective):
+        packed.token_fields = {"advantage": cat("advantage", 0.0)}
     if objective.__name__.endswith("distill"):
         packed.teacher = cat("old", 0.0).view(-1, 3)[:, :2]
     if objective.NEEDS_SCORES:
@@ -78,6 +81,7 @@ def example(name, rng, groups=5):
                     "old": list(logp + 0.3 * rng.normal(size=n)),  # ratios on both sides of every clip
                     "ref": list(-rng.exponential(size=n)),
                     "score": float(rng.normal()),
+                    "advantage": list(rng.normal(size=n)),
                     **fields,
                 }
             )
@@ -210,7 +214,7 @@ def test_all_masked_batch_is_zero_without_nan(name, targets):
     groups = example(name, np.random.default_rng(5))
     for sequence in (s for g in groups for s in g):
         if targets == "none":
-            sequence["logp"], sequence["ref"], sequence["old"] = [], [], []
+            sequence |= dict.fromkeys(("logp", "ref", "old", "advantage"), [])
         sequence["mask"] = [0.0] * len(sequence["logp"])
     batch, leaf = pack(groups, objective)
     result = objective.loss(batch, objective.Config())

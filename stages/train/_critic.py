@@ -1,0 +1,79 @@
+"""The value network of PPO: a second trainer, whose values make the advantages of a step's completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from stages.trainer.batch import Group, Loss, Packed, Sequence
+
+
+@dataclass
+class Critic:
+    """What train.rl gives the training loop of it. init: folder of the first weights, a reward model or a policy.
+    module: the objective; options: its configuration."""
+
+    init: Path
+    module: Any
+    options: Any
+
+    def objective(self, batch: Packed) -> Loss:
+        return self.module.value_loss(batch, self.options)
+
+
+class Criticised:
+    """A Stream that gives the groups of another one their advantages, and trains the value network on their returns."""
+
+    def __init__(self, stream: Any, critic: Critic, config: Any, ctx: Any):
+        self.stream, self.critic, self.config, self.ctx = stream, critic, config, ctx
+
+    def batch(self, step: int, trainer: Any) -> list[Group]:
+        groups = self.stream.batch(step, trainer)
+        if not groups:
+            return groups
+        groups = self._judged(groups, trainer)
+        lr = self.critic.options.value_lr * self.config.learning_rate(step)
+        found = trainer.critic.step(groups, lr)
+        if dist.get_rank() == 0:
+            told = {f"value/{name}": found[name] for name in ("loss", "grad_norm", "value_clipped") if name in found}
+            self.ctx.metrics(step, **told, **self._fit(groups))
+        return [] if step < self.critic.options.value_steps else groups
+
+    def _judged(self, groups: list[Group], trainer: Any) -> list[Group]:
+        """The groups with token_fields advantage (whitened over all), value and return."""
+        module, options = self.critic.module, self.critic.options
+        references, values = trainer.reference_logprobs(groups), trainer.critic.values(groups)
+        flat = [sequence for group in groups for sequence in group]
+        made = []
+        for sequence, reference, value in zip(flat, references, values, strict=True):
+            at = np.flatnonzero(sequence.mask[1:])
+            reward = -options.beta * (sequence.behaviour[1:].astype(np.float64) - reference)[at]
+            reward[-1:] += sequence.fields["reward"]
+            made.append((at + 1, value[at].astype(np.float64), *module.estimate(reward, value[at].astype(np.float64), options)))
+        advantages = module.whitened([advantage for _, _, advantage, _ in made])
+        judged = iter([
+            replace(sequence, token_fields={
+                "advantage": _placed(sequence, at, own), "value": _placed(sequence, at, value), "return": _placed(sequence, at, aim)
+            })
+            for sequence, (at, value, _, aim), own in zip(flat, made, advantages, strict=True)
+        ])  # fmt: skip
+        return [[next(judged) for _ in group] for group in groups]
+
+    @staticmethod
+    def _fit(groups: list[Group]) -> dict[str, float]:
+        """Mean value, and the share of the returns' variance that the values explained before this step."""
+        flat = [sequence for group in groups for sequence in group]
+        take = lambda name: np.concatenate([s.token_fields[name][s.mask > 0] for s in flat])  # noqa: E731
+        value, aim = take("value"), take("return")
+        return {"value/mean": value.mean(), "value/explained": 1 - (aim - value).var() / max(aim.var(), 1e-12)}
+
+
+def _placed(sequence: Sequence, at: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """float32 [T]: `values` at the tokens `at`, 0 elsewhere."""
+    found = np.zeros(len(sequence.tokens), np.float32)
+    found[at] = values
+    return found

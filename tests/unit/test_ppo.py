@@ -1,0 +1,176 @@
+"""PPO: advantages and the value loss by hand, the value network in training, resumed and refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from post_helpers import artifact, save_checkpoint
+from test_post_stages import COMMON, RL, number_prompts, run
+
+from stages.model.folder import read_config
+from stages.objectives import ppo
+from stages.stage import ConfigError, Context, Kind
+from stages.train._critic import Critic, Criticised
+from stages.train._groups import make_sequence
+from stages.trainer.batch import Packed
+from stages.trainer.config import TrainConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return artifact(save_checkpoint(tmp_path_factory.mktemp("start"), std=0.1), Kind.CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return {"math": number_prompts(tmp_path_factory.mktemp("prompts"), 10)}
+
+
+def test_generalised_advantages_by_hand():
+    """delta = (-.1, -.1, .7); A3 = .7, A2 = -.1 + .95 * .7 = .565, A1 = -.1 + .95 * .565 = .43675."""
+    rewards, values = np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.4, 0.3])
+    advantage, aim = ppo.estimate(rewards, values, ppo.Config())
+    assert advantage == pytest.approx([0.43675, 0.565, 0.7]) and aim == pytest.approx([0.93675, 0.965, 1.0])
+    advantage, _ = ppo.estimate(rewards, values, ppo.Config(lam=0.0, gamma=0.9))
+    assert advantage == pytest.approx([0.9 * 0.4 - 0.5, 0.9 * 0.3 - 0.4, 0.7])
+    advantage, _ = ppo.estimate(rewards, values, ppo.Config(lam=1.0))
+    assert advantage == pytest.approx(rewards.sum() - values)
+    white = np.concatenate(ppo.whitened([np.array([1.0, 2.0]), np.array([6.0])]))
+    assert white == pytest.approx(np.array([-2.0, -1.0, 3.0]) / np.sqrt(7.0)) and white.std(ddof=1) == pytest.approx(1)
+
+
+def test_the_value_loss_by_hand_and_its_gradient():
+    """v moves .5 from V = 0, .2 is free: of R = 1 the clipped error .64 counts, without a gradient; of R = .3 both are."""
+    values = torch.tensor([0.5, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    fields = {"value": torch.zeros(3).double(), "return": torch.tensor([1.0, 0.3, 1.0]).double()}
+    one = torch.ones(3).double()
+    batch = Packed(one, one, torch.zeros(3).long(), torch.zeros(1).long(), {}, values=values, token_fields=fields)
+    loss = ppo.value_loss(batch, ppo.Config())
+    assert float(loss.sum) == pytest.approx((0.64 + 0.04 + 0.81) / 2) and float(loss.count) == 3
+    assert float(loss.metrics["value_clipped"]) == 1
+    loss.sum.backward()
+    assert values.grad.tolist() == pytest.approx([0.0, 0.2, -0.9])
+
+
+def sequences():
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(6):
+        prompt, answer = rng.integers(20, 270, 3 + i).tolist(), rng.integers(20, 270, 1 + i).tolist()
+        made.append([make_sequence(prompt, answer, (-rng.random(len(answer))).tolist(), reward=float(rng.normal()))])
+    return made
+
+
+class Fixed:
+    def __init__(self, groups):
+        self.groups = groups
+
+    def batch(self, step, trainer):
+        return self.groups
+
+
+def trainers(folder, **fields):
+    from stages.trainer.trainer import Trainer
+
+    config = TrainConfig(steps=4, weight_decay=0.0, lr=1e-3, schedule="constant", **fields)
+    critic, sizes = Critic(folder, ppo, ppo.Config(beta=0.1)), read_config(folder)
+    trainer = Trainer(config, sizes, lambda b: ppo.loss(b, critic.options), folder, reference=folder)
+    trainer.critic = Trainer(config, sizes, critic.objective, folder, "value")
+    return trainer, critic, config
+
+
+def test_tokens_get_their_advantages_from_values_and_rewards(start, tmp_path):
+    """Against loops over transformers' hidden states, and whatever the microbatches."""
+    from transformers import AutoModelForCausalLM
+
+    found = []
+    for budget in (100_000, 1):
+        trainer, critic, config = trainers(start.path, micro_batch_tokens=budget)
+        score = trainer.critic.hf_state()["score.weight"][0]
+        groups = Criticised(Fixed(sequences()), critic, config, Context(tmp_path)).batch(0, trainer)
+        found.append((groups, trainer.step(groups, 1e-3), trainer.critic.hf_state()))
+    model = AutoModelForCausalLM.from_pretrained(start.path)
+    raw = []
+    for (s,) in found[0][0]:
+        ids = torch.from_numpy(s.tokens.astype("int64"))[None]
+        with torch.inference_mode():
+            hidden = model.model(ids).last_hidden_state[0]
+            reference = model.lm_head(hidden).mul(model.logit_scale).log_softmax(-1)
+        at = np.flatnonzero(s.mask)
+        value = (hidden[at - 1] @ score).numpy()
+        assert s.token_fields["value"][at] == pytest.approx(value, abs=1e-5)
+        reward = [-0.1 * (float(s.behaviour[t]) - float(reference[t - 1, s.tokens[t]])) for t in at]
+        reward[-1] += s.fields["reward"]
+        later, own = 0.0, []
+        for t in reversed(range(len(at))):
+            later = reward[t] + (value[t + 1] if t + 1 < len(at) else 0.0) - value[t] + 0.95 * later
+            own.append(later)
+        raw.append(own[::-1])
+        assert s.token_fields["return"][at] == pytest.approx(np.array(own[::-1]) + value, abs=1e-4)
+    every = np.concatenate(raw)
+    for (s,), own in zip(found[0][0], raw, strict=True):
+        expected = (np.array(own) - every.mean()) / every.std(ddof=1)
+        assert s.token_fields["advantage"][s.mask > 0] == pytest.approx(expected, abs=1e-4)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4, abs=1e-6)
+    for name, weight in found[0][2].items():
+        torch.testing.assert_close(weight, found[1][2][name], rtol=0, atol=2e-4)  # of a step of 5e-3
+
+
+def test_the_value_network_learns_the_returns(start, tmp_path):
+    trainer, critic, config = trainers(start.path)
+    critic.options = replace(critic.options, value_clip=10.0, value_lr=5.0)
+    stream = Criticised(Fixed(sequences()), critic, config, Context(tmp_path))
+    for _ in range(40):
+        stream.batch(0, trainer)
+    points = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert points[-1]["value/loss"] < 0.2 * points[0]["value/loss"] and points[-1]["value/explained"] > 0.8
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_resumes_bit_for_bit_with_the_value_network(start, prompts, tmp_path, distributed, monkeypatch):
+    values = {**RL, "steps": 5, "objective": "ppo", "options": {"value_steps": 2}, "save_every": 2, "completions": 2,
+              "rewards": {"length": 1.0, "overlong": 1.0}, "distributed_optimizer": distributed}  # fmt: skip
+    metrics = run("train.rl", values, tmp_path / "whole", init=start, prompts=prompts)
+    points = [json.loads(p) for p in (tmp_path / "whole-scratch/metrics.jsonl").read_text().splitlines()]
+    assert [p["grad_norm"] > 0 for p in points if "grad_norm" in p] == [False, False, True, True, True]
+    assert len([p for p in points if "value/explained" in p]) == 5 and abs(metrics["kl"]) < 1
+    batch = Criticised.batch
+
+    def until(self, step, trainer):
+        found = batch(self, step, trainer)
+        if step == 3:
+            raise Killed
+        return found
+
+    monkeypatch.setattr(Criticised, "batch", until)
+    with pytest.raises(Killed):
+        run("train.rl", values, tmp_path / "parts", init=start, prompts=prompts)
+    monkeypatch.setattr(Criticised, "batch", batch)
+    run("train.rl", values, tmp_path / "parts", init=start, prompts=prompts)
+    for name in ("model.safetensors", "rollouts.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_refused_where_it_cannot_learn(start, prompts, tmp_path):
+    with pytest.raises(ConfigError, match="objective: ppo needs a value network; use the stage train.rl"):
+        run("train.preference", {**COMMON, "objective": "ppo"}, tmp_path / "out", init=start, pairs=None)
+    values = {**RL, "steps": 3, "objective": "ppo", "options": {"value_steps": 3}}
+    with pytest.raises(ConfigError, match="value_steps: 3 of 3 steps train the value network alone"):
+        run("train.rl", values, tmp_path / "out", init=start, prompts=prompts)
+    for options, words in (({"lam": 1.5}, "lam 1.5"), ({"clip": -1.0}, "options.clip")):
+        with pytest.raises(ConfigError, match=words):
+            run("train.rl", values | {"options": options}, tmp_path / "out", init=start, prompts=prompts)
