@@ -93,17 +93,18 @@ class Report:
             if isinstance(record, Refused):
                 raise record
             row = conversation(record)
-            if not _encodable(row):
-                raise Refused("lone surrogate in the text", f"{row['messages'][-1]['content']}")
+            try:
+                digest = hashlib.sha256(json.dumps(row, ensure_ascii=False, sort_keys=True).encode()).digest()
+            except UnicodeEncodeError as error:
+                raise Refused("lone surrogate in the text", error.object[:EXCERPT]) from None
+            if digest in self.seen:
+                raise Refused("the same conversation stands on an earlier line")
             try:
                 rendered = render_row(tokenizer, row)
             except MaskError as error:
                 raise CuveeError(f"data.conversations: {name}:{number}: {error}") from None
             except CuveeError as error:
                 raise Refused("the chat template refuses it", str(error)) from None
-            digest = hashlib.sha256(repr(rendered.ids).encode()).digest()
-            if digest in self.seen:
-                raise Refused("the same conversation stands on an earlier line")
         except Refused as refused:
             told = {"file": name, "line": number, "reason": refused.reason, "found": _writable(refused.found[:EXCERPT])}
             self.reasons[refused.reason] += 1
@@ -227,14 +228,6 @@ def _rows(entry: Any) -> Iterator[tuple[int, Any]]:
                     yield number, record
     except pyarrow.ArrowException as error:
         yield number + 1, Refused("damaged Parquet file", str(error).splitlines()[0])
-
-
-def _encodable(row: dict[str, Any]) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _writable(text: str) -> str:

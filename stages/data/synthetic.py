@@ -112,8 +112,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     _choose(config, client, candidates)
     kept = [c for c in candidates if c["chosen"] is not None]
     if not kept:
-        raise CuveeError(f"data.synthetic.min_reward: none of {sum(len(c['answers']) for c in candidates)} answers to "
-                         f"{len(candidates)} prompts is whole and rewarded {config.min_reward} or more; lower it or ask better teachers")  # fmt: skip
+        made = [answer for c in candidates for answer in c["answers"]]
+        raise CuveeError(f"data.synthetic.min_reward: of {len(made)} answers to {len(candidates)} prompts {sum(map(_whole, made))} are whole "
+                         f"(the others cut short or empty), and none of these is rewarded {config.min_reward} or more; lower it, raise "
+                         "max_tokens or ask better teachers")  # fmt: skip
     _write(out / "candidates.jsonl", candidates)
     _write(out / "train.jsonl", map(_conversation, kept))
     (out / "usage.json").write_text(json.dumps({name: asdict(u) for name, u in client.usage.items()}, indent=1) + "\n")

@@ -171,6 +171,23 @@ def test_parts_and_thinking_are_kept():
         conversation({"messages": [user("q"), assistant("a", thinking=3)]})
 
 
+@pytest.mark.parametrize(("cited", "there"), [
+    ("0:[1]", True), ("0:[2]", False), ("1:[0]", True), ("1:[0,1]", True), ("1:[2]", False), ("2:[0],0:[0,1]", True), ("2:[1]", False),
+    ("3:[0]", False), ("see above", True),
+])  # fmt: skip
+def test_citations_are_of_what_is_there(cited, there):
+    """Documents are call 0; the answers to calls 1 and 2 come in the other order."""
+    calls = [call("f", {}, id="a"), call("f", {}, id="b")]
+    results = [{"role": "tool", "tool_call_id": i, "content": content} for i, content in (("b", "one"), ("a", [{"x": 1}, {"x": 2}]))]
+    record = {"messages": [user("q"), assistant("", tool_calls=calls), *results, assistant(f"<co>s</co: {cited}>")],
+              "tools": [TOOL], "documents": [{"text": "d"}, {"text": "e"}]}  # fmt: skip
+    if there:
+        assert conversation(record)["messages"][-1]["content"] == f"<co>s</co: {cited}>"
+    else:
+        with pytest.raises(Refused, match="citations: of a document or result that is not there"):
+            conversation(record)
+
+
 def test_advice_follows_the_size_of_the_data():
     found = [advice(n) for n in (0, 499, 500, 999, 1000, 10**6)]
     assert [f["batch_groups"] for f in found] == [10, 10, 24, 24, 48, 48]
