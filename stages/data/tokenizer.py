@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from stages.chat.messages import said
 from stages.chat.template import COMMAND, Special
 from stages.data import corpus
 from stages.data.document import size
@@ -85,7 +86,7 @@ def _texts(source: Artifact, prompts: dict[str, Artifact]) -> Iterator[tuple[Gro
         yield (document["domain"], document["language"]), document["text"]
     for name, artifact in sorted(prompts.items()):
         for prompt in corpus.prompts(artifact.path, "train"):
-            yield ("instructions", name), "\n".join([*(turn["content"] for turn in prompt["messages"]), prompt["answer"]])
+            yield ("instructions", name), "\n".join([*map(said, prompt["messages"]), prompt["answer"]])
 
 
 def fractions(sizes: dict[Group, int], budget: int, power: float) -> dict[Group, float]:

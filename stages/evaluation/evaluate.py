@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.chat.messages import said
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
 
 VERSION = "1"
@@ -13,6 +14,7 @@ INPUTS = {
     "prompts": Input(Kind.PROMPTS, many=True),
     "tokens": Input(Kind.TOKENS, optional=True),
     "reward": Input(Kind.REWARD_MODEL, optional=True),
+    "corpus": Input(Kind.CORPUS, optional=True),
 }
 OUTPUT = Kind.SCORES
 SHOWN = 400  # characters kept of each end of a prompt, for a reader; the artifact `prompts` holds all of it
@@ -25,6 +27,9 @@ class Config:
     max_new_tokens: int = option(1024, "longest completion in tokens; the scored one is greedy")
     samples: int = option(
         0, "completions sampled of each prompt at temperature 1 besides; the mean of their rewards is what RL raises"
+    )
+    contaminated: str = option(
+        "mark", "with input `corpus`: what becomes of a suite that was not kept out of it", ("mark", "refuse")
     )
     perplexity_tokens: int = option(1_000_000, "held-out tokens a domain for perplexity")
     perplexity_length: int = option(8192, "longest piece of a document for perplexity, in tokens")
@@ -52,7 +57,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
     A domain's score is the mean of max(reward, 0) over its prompts, in [0, 1]: a refused format, which training
     punishes with -1, counts as 0. `solved` is the share of prompts with full reward.
-    Raises CuveeError when the model's tokenizer is not the one behind the tokens or the reward model.
+    Raises CuveeError when the model's tokenizer is not the one behind the tokens or the reward model, and with
+    contaminated=refuse for a suite that was not kept out of the training text.
     """
     from transformers.utils import logging
 
@@ -62,6 +68,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     model: Artifact = inputs["model"]
     digests = tokenizer_digests(model.path)
     _require_same_tokenizer(digests, inputs)
+    contaminated = _contaminated(config, inputs, ctx)
     prompts = held_out(inputs["prompts"], config.prompts_per_domain)
     samples = answer(config, model, prompts, ctx, config.samples)
     if "reward" in inputs:
@@ -70,6 +77,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     scores = {
         "digests": {**digests, "prompts": suites},
         "engine": asdict(config) | {"temperature": 0.0},
+        "contaminated": contaminated,
         "domains": {domain: summary(rows) for domain, rows in by(samples, "domain").items()},
         "lengths": {
             domain: {str(length): summary(some) for length, some in sorted(by(rows, "length").items())}
@@ -82,7 +90,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
         for row in samples:
             *before, last = row["messages"]
-            turns = [f"[{message['role']}] {message['content']}" for message in before] + [last["content"]]
+            turns = [f"[{message['role']}] {said(message)}" for message in before] + [said(last)]
             row["prompt"] = _shorten("\n".join(turns))
             kept = {k: v for k, v in row.items() if k not in ("messages", "check", "text") and v is not None}
             file.write(json.dumps(kept, sort_keys=True, ensure_ascii=False) + "\n")
@@ -112,6 +120,22 @@ def _require_same_tokenizer(digests: dict[str, str], inputs: dict[str, Any]) -> 
                         f"the model's {part} ({digests[part][:12]}) is not that of the input {arg} "
                         f"({found[part][:12]}); evaluate a model with artifacts of its own tokenizer"
                     )
+
+
+def _contaminated(config: Config, inputs: dict[str, Any], ctx: Context) -> dict[str, str]:
+    """Domain -> why its suite may have been trained on, of those for which that is so."""
+    from stages.evaluation._suites import contamination
+
+    if "corpus" not in inputs:
+        return {}
+    found = {d: contamination(one, inputs["corpus"]) for d, one in sorted(inputs["prompts"].items())}
+    found = {domain: why for domain, why in found.items() if why}
+    for domain, why in found.items():
+        if config.contaminated == "refuse":
+            raise CuveeError(f"contaminated: the suite {domain} was not kept out of the training text ({why}); add it to "
+                             "data.benchmarks with the block decontaminate, or set contaminated=mark")  # fmt: skip
+        ctx.log(f"{domain}: not decontaminated, {why}")
+    return found
 
 
 def held_out(sources: dict[str, Artifact], count: int, skip: int = 0) -> list[dict[str, Any]]:
