@@ -110,8 +110,9 @@ def _open_dictionaries(overrides: list[str]) -> list[str]:
 
 
 def _groups(overrides: list[str]) -> list[str]:
-    """The overrides that choose a file of a group: a recipe may bring sections of its own."""
-    return [one for one in overrides if (CONF / one.lstrip("+~").partition("=")[0].split("@")[0]).is_dir()]
+    """The overrides that choose a file of a group which is there: a recipe may bring sections of its own."""
+    parts = [(one, *one.lstrip("+~").partition("=")[::2]) for one in overrides]
+    return [one for one, key, value in parts if (CONF / key.split("@")[0] / f"{value}.yaml").exists()]
 
 
 def _primary() -> dict:
@@ -141,10 +142,7 @@ def _sentence(error: Exception, overrides: list[str]) -> str:
 
 
 def _unknown_key(key: str, groups: list[str]) -> str | None:
-    try:
-        node = _compose(groups)
-    except (HydraException, OmegaConfBaseException):  # a choice is what is wrong
-        node = _compose([])
+    node = _compose(groups)
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig):

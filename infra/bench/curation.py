@@ -9,7 +9,8 @@ filters   Gopher's, C4's and FineWeb's rules one after the other, and how often 
 minhash   near-duplicate removal from JSON lines to files, with planted duplicates of which 1, 3 and 6 % of the words
           were exchanged; both with 14 bands of 8 hashes
 tokens    to indexed files, beside Megatron's preprocessing loop with the same tokenizer
-memory    blocks from encoding to decontamination, on once and on ten times the data
+memory    blocks from encoding to decontamination, substrings among them, on 30 MB and on ten times as many: peak memory,
+          CPU time a GB, and in how many parts the keys were joined (more than one a join have been spilled to disk)
 """
 
 import argparse
@@ -229,14 +230,17 @@ def peer_tokens(file: Path) -> dict:
 
 
 def ours_memory(file: Path) -> dict:
-    from stages.data import curate
+    from stages.data import curate, join
     from stages.stage import Context, parse
 
+    parts, sort = [], join._sorted
+    join._sorted = lambda rows: parts.append(len(rows)) or sort(rows)
     warm = file.with_name("warm.jsonl")
     with open(file) as lines:
         warm.write_text("".join(line for line, _ in zip(lines, range(50), strict=False)))
-    blocks = ["encoding", "html", "language", *RULES, "exact", "minhash", "split", "decontaminate"]
+    blocks = ["encoding", "html", "language", *RULES, "exact", "minhash", "substring", "split", "decontaminate"]
     for source in (warm, file):
+        parts.clear()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "out")
             out.mkdir()
@@ -245,7 +249,7 @@ def ours_memory(file: Path) -> dict:
             curate.run(parse(curate.Config, values, "data"), {}, out, Context(Path(folder)))
             seconds = time.process_time() - started
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return {"seconds": seconds, "megabytes": int(peak.split()[1]) / 1024}
+    return {"seconds": seconds, "megabytes": int(peak.split()[1]) / 1024, "rows": sum(parts), "parts": len(parts)}
 
 
 def run(python: str, what: str, file: Path) -> dict:
@@ -296,19 +300,22 @@ def _recall(removed: list[str], ids: list[str]) -> str:
     return f"found of the planted, by words exchanged: {', '.join(levels)}; precision {right / max(len(gone), 1):.1%} of {len(gone)}"
 
 
-def memory(records: list[str], folder: Path) -> None:
-    """The default blocks on the texts, and on ten times as many."""
-    rng, lines = random.Random(2), []
-    vocabulary = sorted({word for text in records for word in text.split() if word.isalpha()})
+def memory(records: list[str], folder: Path, megabytes: float) -> None:
+    """The default blocks and `substring`, whose joins do not fit in memory, on so many megabytes and on ten times as many."""
+    vocabulary, found = sorted({word for text in records for word in text.split() if word.isalpha()}), []
     for times in (1, 10):
-        while len(lines) < times * len(records):  # every text with a third of its words exchanged is a new one
-            text = records[len(lines) % len(records)]
-            lines.append(" ".join(rng.choice(vocabulary) if rng.random() < 0.33 else word for word in text.split(" ")))
-        file = folder / f"memory{times}.jsonl"
-        file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        rng, file, number = random.Random(2), folder / f"memory{times}.jsonl", 0
+        with open(file, "w") as lines:
+            while lines.tell() < times * megabytes * 1e6:  # every text with a third of its words exchanged is a new one
+                words = records[number % len(records)].split(" ")
+                lines.write(json.dumps({"text": " ".join(rng.choice(vocabulary) if rng.random() < 0.33 else word for word in words)}) + "\n")
+                number += 1
         one = run(sys.executable, "ours_memory", file)
         size = file.stat().st_size / 1e6
-        print(f"memory: {size:.0f} MB in, {one['megabytes']:.0f} MB of memory, {one['seconds'] / size * 1000:.0f} CPU-seconds a GB", flush=True)
+        found.append(one["seconds"] / size)
+        print(f"memory: {size:.0f} MB in, {one['megabytes']:.0f} MB of memory, {one['seconds'] / size * 1000:.0f} CPU-seconds a GB; "
+              f"{one['rows'] / 1e6:.1f} million rows of keys joined in {one['parts']} parts", flush=True)
+    print(f"  cost a GB at ten times the data: {found[1] / found[0]:.2f} times")
 
 
 def main() -> None:
@@ -316,6 +323,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["filters", "minhash", "tokens", "memory"])
     parser.add_argument("--peers", default="", help="a Python with datatrove 0.10.1")
     parser.add_argument("--megabytes", type=float, default=4)
+    parser.add_argument("--memory-megabytes", type=float, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -330,7 +338,7 @@ def main() -> None:
         print(f"{len(texts)} documents, {size:.1f} MB with the planted duplicates; medians of {args.rounds} rounds")
         for what in args.what:
             if what == "memory":
-                memory(texts, Path(folder))
+                memory(texts, Path(folder), args.memory_megabytes)
             else:
                 compare(what, file, size, args.peers, args.rounds)
 

@@ -174,7 +174,7 @@ def test_batches_are_bounded():
     assert sizes == [3, 3, 3, 1] or sizes == [4, 4, 2]
 
 
-@pytest.mark.parametrize("preset", ["web", "zyda2", "code"])
+@pytest.mark.parametrize("preset", ["web", "zyda2", "code", "long"])
 def test_presets_compose(preset):
     from flows.config import compose
 

@@ -22,6 +22,7 @@ class Config:
     weights: dict[str, float] = option({}, "share of each part, e.g. {web: 3, books: 1}, none for others; empty: temperature")
     temperature: float = option(1.0, "without weights: shares ~ bytes^(1/temperature); 1 = as found, large = even")
     max_epochs: float = option(4.0, "most times that a document is used")
+    min_characters: int = option(0, "shorter documents stay out: a set of long ones for a cooldown")
     bytes: int = option(0, "size of the training split; 0 = all that the weights and epochs allow")
 
 
@@ -44,7 +45,7 @@ AFTER_APPLY = True  # only what goes into training counts
 def keys(documents: list[Document], config: Config) -> np.ndarray:
     """A row a training document: its part, size and copies."""
     found = [(i, _hash(getattr(document, config.by)), size(document.text) * document.repeat, document.repeat)
-             for i, document in enumerate(documents) if document.split in ("", "train")]
+             for i, document in enumerate(documents) if document.split in ("", "train") and len(document.text) >= config.min_characters]
     return np.array(found, ROW)
 
 
@@ -87,6 +88,9 @@ def apply(documents: list[Document], places: np.ndarray, config: Config, state: 
     reasons = [""] * len(documents)
     for i, document in enumerate(documents):
         if document.split not in ("", "train"):
+            continue
+        if len(document.text) < config.min_characters:
+            reasons[i] = f"mix: shorter than {config.min_characters} characters"
             continue
         times = shares.get(_hash(getattr(document, config.by)), 0.0) * document.repeat
         draw = _hash(f"{document.id}\n{document.text[:1000]}") / 2**64

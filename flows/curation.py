@@ -1,0 +1,16 @@
+"""A corpus by a judge's taste: a first curation, an LLM's grades of a sample, and a second one whose classifier learned them.
+
+`cuvee run recipe=curation +data=judged data.sources=[...] judge.teacher='{model: own, url: "http://127.0.0.1:8000/v1"}'`
+"""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+
+
+def recipe(step, conf) -> None:
+    plain = OmegaConf.to_container(conf.data, resolve=True)
+    plain["blocks"] = [name for name in plain["blocks"] if name != "classifier"]
+    first = step("first", "data.curate", OmegaConf.create(plain))
+    labels = step("labels", "data.judge", conf.judge, corpus=first)
+    step("corpus", "data.curate", conf.data, labels=labels)
