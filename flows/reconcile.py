@@ -1,6 +1,7 @@
-"""Runs whose process died without a word (kill -9, power) are closed in Prefect and MLflow by the next run.
+"""Runs whose process died without a word (kill -9, power) are closed in Prefect by the next run; in MLflow the journal
+that they left does it (flows/tracking.py).
 
-Every run leaves a note in `<state>/runs/` while it lives; a note whose process is gone is a dead run.
+Every run leaves a note in `<state>/runs/` while it lives; a note of this host whose process is gone is a dead run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import psutil
 
 from flows.config import state_dir
+from flows.tracking import redacted
+from stages.store.lease import here, is_gone
 from stages.store.record import write_atomic
 
 logger = logging.getLogger("cuvee.reconcile")
@@ -26,7 +29,8 @@ def registered(flow_run_id: str) -> Iterator[None]:
     """Note that this process runs `flow_run_id`, after closing what died before."""
     close_dead()
     note = state_dir() / "runs" / f"{flow_run_id}.json"
-    write_atomic(note, json.dumps({"pid": os.getpid(), "born": psutil.Process().create_time()}).encode())
+    holder = {"host": here(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+    write_atomic(note, json.dumps(holder).encode())
     try:
         yield
     finally:
@@ -34,31 +38,31 @@ def registered(flow_run_id: str) -> Iterator[None]:
 
 
 def close_dead() -> None:
-    """Set the runs of dead processes to Crashed in Prefect and, with their children, to KILLED in MLflow."""
-    _close(lambda holder: not _alive(holder))
+    """Set the runs of dead processes to Crashed in Prefect."""
+    _close(_dead, _close_prefect)
 
 
 def close_own() -> None:
-    """Likewise the runs of this process, which it is about to leave half done."""
-    _close(lambda holder: holder["pid"] == os.getpid())
+    """Likewise the runs of this process, which it is about to leave half done: to KILLED in MLflow, with their children."""
+    _close(lambda holder: holder["pid"] == os.getpid() and holder["host"] == here(), _close_prefect, _close_mlflow)
 
 
-def _close(wanted: Callable[[dict[str, Any]], bool]) -> None:
+def _close(wanted: Callable[[dict[str, Any]], bool], *closers: Callable[[str], None]) -> None:
     for note in sorted((state_dir() / "runs").glob("*.json")):
         if wanted(json.loads(note.read_text())):
-            for close in (_close_prefect, _close_mlflow):
+            for close in closers:
                 try:
                     close(note.stem)
                 except Exception as error:  # a lost server must not keep a new run from starting
-                    logger.warning("%s: could not close the dead run %s: %s", close.__name__, note.stem, error)
+                    logger.warning("%s: could not close the dead run %s: %s", close.__name__, note.stem, redacted(error))
             note.unlink(missing_ok=True)
 
 
-def _alive(holder: dict[str, Any]) -> bool:
-    try:
-        return psutil.Process(holder["pid"]).create_time() == holder["born"]
-    except psutil.NoSuchProcess:
-        return False
+def _dead(holder: dict[str, Any]) -> bool:
+    """Whether it was a process of this host, and is gone or was before the host's (or the container's) last start.
+    Others may share the state directory."""
+    host = holder.get("host", here())
+    return host.split()[0] == here().split()[0] and (host != here() or is_gone(holder | {"host": host}))
 
 
 def _close_prefect(flow_run_id: str) -> None:

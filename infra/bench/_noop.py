@@ -18,7 +18,8 @@ def node(folder: Path, at: int) -> Node:
     text = folder / "text" / f"{at}.py"
     text.parent.mkdir(exist_ok=True)
     text.write_text(f"# {at}\n" + Path(json.__file__).read_text())
-    config = stages.parse(stages.load("data.curate").Config, {"sources": [str(text)], "blocks": ["split"]}, "data")
+    values = {"sources": [str(text)], "blocks": ["split"], "options": {"split": {"heldout": 0}}}
+    config = stages.parse(stages.load("data.curate").Config, values, "data")
     return Node(f"corpus-{at}", "data.curate", config, {}, "data")
 
 

@@ -44,7 +44,7 @@ def write_spec(folder: Path) -> Path:
     text = folder / "text.py"
     text.write_text(Path(json.__file__).read_text())
     config = asdict(load("data.curate").Config())
-    config |= {"sources": [str(text)], "blocks": ["split"]}
+    config |= {"sources": [str(text)], "blocks": ["split"], "options": {"split": {"heldout": 0}}}
     spec = {"stage": "data.curate", "name": "corpus", "config": config, "inputs": {}, "ancestors": {}, "threads": 1,
             "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
             "device": "cpu"}

@@ -103,7 +103,7 @@ def slow_writer(stream: Counting, steps: int) -> None:
 def run(
     root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in: str = "", kind: str = "ce",
     init: Path | None = None, file: int = 0, slow: int = 0, stop_at: int = -1, sizes: dict | None = None, groups: int = 12,
-    **changes,
+    mirror: object = None, **changes,
 ) -> None:  # fmt: skip
     """Train in `root`/scratch and publish to `root`/`out`, closing metrics included.
 
@@ -113,6 +113,7 @@ def run(
     sizes: fields of the model other than SIZES'.
     stop_at: SIGTERM (one rank only) when the batch of this step is asked for.
     file: SIGKILL at so many events of die_at_file. slow: steps that training goes on before a checkpoint is written.
+    mirror: the context's.
     """
     import torch
 
@@ -141,7 +142,7 @@ def run(
     objective = {"ce": lambda b: ce.loss(b, ce.Config()), "pull": pull, "regress": regress}[kind]
     metrics = train(
         config=config(**changes), stream=stream, objective=objective, out=root / out, init=init,
-        ctx=Context(root / "scratch"), tokenizer=tokenizer, model=replace(SIZES, **sizes or {}), reference=init if kind == "pull" else None,
+        ctx=Context(root / "scratch", mirror=mirror), tokenizer=tokenizer, model=replace(SIZES, **sizes or {}), reference=init if kind == "pull" else None,
         head="reward" if kind == "regress" else "lm",
     )  # fmt: skip
     (root / out / "metrics.json").write_text(json.dumps(metrics, sort_keys=True))
