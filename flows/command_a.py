@@ -7,7 +7,7 @@ differently from the others stands in conf/expert/<name>.yaml.
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
+from flows._parts import averaged, having, sampled_pairs, seeded
 
 
 def recipe(step, conf) -> None:
@@ -30,7 +30,7 @@ def recipe(step, conf) -> None:
     reward = reward_model(step, conf.reward, conf.recipe.reward_seeds, policy=instruct, prompts=prompts)
 
     # Six SFT experts from Instruct, and their soup
-    sft = {e: sft_expert(step, e, conf.expert[e], {"instruct": instruct, "base": base}, prompts) for e in experts}
+    sft = {e: sft_expert(step, e, conf, {"instruct": instruct, "base": base}, prompts) for e in experts}
     sft_soup = step("sft-soup", "merge.soup", conf.soup.sft, models=sft, base=instruct)
 
     # Six RL experts from the soup, and their soup
@@ -69,9 +69,7 @@ def own_conversations(step, conf, tokenizer, prompts):
 def reward_model(step, conf, seeds, policy, prompts):
     """Section 3.2.3: an ensemble labels many pairs for the first stage; the second learns from the best pairs, labelled
     by the strength of the preference. The probe tells how far one may optimise against it."""
-    many = step("reward-pairs-many", "rollout.sample", conf.many, policy=policy, prompts=prompts)
-    best = step("reward-pairs", "rollout.sample", conf.best, policy=policy, prompts=prompts)
-    probe = step("reward-probe", "rollout.sample", conf.probe, policy=policy, prompts=prompts)
+    many, best, probe = sampled_pairs(step, conf, policy, prompts)
     ensemble = {str(s): step(f"reward-judge-{s}", "train.reward", seeded(conf.judge, s), init=policy, pairs=best)
                 for s in seeds}
     first = step("reward-first", "train.reward", conf.first, init=policy, pairs=many, ensemble=ensemble)
@@ -80,9 +78,18 @@ def reward_model(step, conf, seeds, policy, prompts):
 
 def sft_expert(step, name, conf, starts, prompts):
     """Section 3.3: SFT with each seed, and a second one on the best data where `refine_seeds` has any."""
-    first = f"sft-{name}" if not conf.refine_seeds else f"sft-{name}-first"
-    model = merged(step, first, conf.sft, conf.seeds, conf.merge, starts[conf.start], prompts)
-    return merged(step, f"sft-{name}", conf.refine, conf.refine_seeds, conf.merge, model, prompts) if conf.refine_seeds else model
+    own = conf.expert[name]
+    first = f"sft-{name}-first" if own.refine_seeds else f"sft-{name}"
+    model = best_seeds(step, first, conf, own.sft, own.seeds, starts[own.start], prompts)
+    if not own.refine_seeds:
+        return model
+    return best_seeds(step, f"sft-{name}", conf, having(own.sft, **own.refine), own.refine_seeds, model, prompts)
+
+
+def best_seeds(step, name, conf, sft, seeds, init, prompts):
+    """Section 3.3.3: the average of the best `recipe.seeds_kept` seeds, by held-out prompts that no score is reported of."""
+    judged = having(conf.evaluate, skip=conf.evaluate.prompts_per_domain)
+    return averaged(step, name, sft, seeds, conf.average, init, prompts, conf.recipe.seeds_kept, judged)
 
 
 def rl_expert(step, name, conf, sft, soup, instruct, prompts):
@@ -92,12 +99,13 @@ def rl_expert(step, name, conf, sft, soup, instruct, prompts):
     if own.redo:
         others = {e: model for e, model in sft.items() if e != name}
         start = step(f"sft-soup-without-{name}", "merge.soup", conf.soup.sft, models=others, base=instruct)
-        start = merged(step, f"sft-{name}-again", own.refine if own.refine_seeds else own.sft,
-                       own.refine_seeds or own.seeds, own.merge, start, prompts)
-    if not own.anchor.weights.get("start"):
+        start = best_seeds(step, f"sft-{name}-again", conf, having(own.sft, **own.refine),
+                           own.refine_seeds or own.seeds, start, prompts)
+    if not own.anchor:
         return step(f"rl-{name}", "train.rl", own.rl, init=start, prompts=prompts)
     alone = step(f"rl-{name}-alone", "train.rl", own.rl, init=start, prompts=prompts)
-    return step(f"rl-{name}", "merge.soup", own.anchor, models={"rl": alone, "start": start}, base=start)
+    anchored = having(conf.average, weights={"rl": 1 - own.anchor, "start": own.anchor})
+    return step(f"rl-{name}", "merge.soup", anchored, models={"rl": alone, "start": start}, base=start)
 
 
 def polish(step, conf, number, name, start, prompts, reward):
@@ -110,22 +118,8 @@ def polish(step, conf, number, name, start, prompts, reward):
     pairs = step(f"preference-pairs{at}", "rollout.sample", seeded(conf.preference.samples, number),
                  policy=best_of_n, prompts=prompts, reward=reward)
     preference = step(f"preference{at}", "train.preference", conf.preference.train, init=best_of_n, pairs=pairs)
-    online = step(f"online{at}", "train.rl", seeded(conf.online, number - 1), init=preference, prompts=prompts, reward=reward)
+    online = step(f"online{at}", "train.rl", seeded(conf.online, number - 1),
+                  init=preference, prompts=prompts, reward=reward)
     made = {f"best-of-n{at}": best_of_n, f"preference{at}": preference, f"online{at}": online}
     chosen = step(name, "evaluation.choose", conf.choose, start=start, models=made, prompts=prompts, reward=reward)
     return made | {name: chosen}
-
-
-def merged(step, name, conf, seeds, merge, init, prompts):
-    """SFT with every seed, merged; of a single seed the model itself."""
-    if len(seeds) == 1:
-        return step(name, "train.sft", seeded(conf, seeds[0]), init=init, prompts=prompts)
-    models = {str(s): step(f"{name}-seed-{s}", "train.sft", seeded(conf, s), init=init, prompts=prompts) for s in seeds}
-    return step(name, "merge.soup", merge, models=models, base=init)
-
-
-def seeded(conf, by):
-    """The section with `by` added to its seed, still known by its name."""
-    found = OmegaConf.merge(conf, {"seed": conf.seed + by})
-    found._set_parent(conf._get_parent())
-    return found

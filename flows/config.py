@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stages.stage import ROOT, ConfigError, load, unknown
 
 CONF = ROOT.parent / "conf"
+HOME = re.compile(r"(?<=[\[,=])~(?=[/\],]|$)")  # neither Hydra nor a shell reads it within a list
 
 
 def choices(group: str) -> tuple[str, ...]:
@@ -49,6 +50,7 @@ def stage_names() -> list[str]:
 def compose(overrides: list[str]) -> DictConfig:
     """The whole configuration. Raises ConfigError with the nearest valid name for an unknown key or choice, and with
     the field, the value and the type for a wrong value."""
+    overrides = [HOME.sub(str(Path.home()), override) for override in overrides]
     store = ConfigStore.instance()
     for name in stage_names():
         store.store(group="stage", name=name, node=load(name).Config)

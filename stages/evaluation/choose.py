@@ -1,7 +1,8 @@
 """Of models made from one start, publish the one that a reward model prefers to it most; the start where none is preferred.
 
 The gate at the end of a round of polishing. Judged on held-out prompts that the report's scores don't use (`skip`), so
-that the choice does not flatter them. A model on which a domain falls by more than `most_fall` is not chosen.
+that the choice does not flatter them. A model on which a domain falls by more than `most_fall` is not chosen, where the
+fall is taken one standard error smaller than it was measured: the noise of a few prompts must not end every round.
 """
 
 import json
@@ -29,14 +30,12 @@ class Config:
     skip: int = option(500, "held-out prompts a domain passed over: those that evaluation reports")
     max_new_tokens: int = option(1024, "longest completion in tokens; generation is greedy")
     least_win: float = option(0.5, "a model whose win rate against the start is not above this is not chosen")
-    most_fall: float = option(0.02, "largest fall of a domain's mean score, in [0, 1]")
+    most_fall: float = option(0.02, "largest fall of a domain's mean score beyond one standard error, in [0, 1]")
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     if not 0.5 <= config.least_win < 1 or config.most_fall < 0:
-        raise ConfigError(
-            f"least_win is {config.least_win}, most_fall {config.most_fall}; give 0.5 to 1 and 0 or more"
-        )
+        raise ConfigError(f"least_win is {config.least_win}, most_fall {config.most_fall}; give 0.5 to 1 and 0 or more")
     if config.skip < 0 or config.prompts_per_domain < 0 or config.max_new_tokens < 1:
         raise ConfigError(
             f"skip is {config.skip}, prompts_per_domain {config.prompts_per_domain}, max_new_tokens "
@@ -86,15 +85,27 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
 def compare(rows: list[dict[str, Any]], start: list[dict[str, Any]]) -> dict[str, Any]:
     """`win`: rate against the start by the reward model, with its interval. `fall`: the largest fall of a domain's mean
-    score (negative where all rise), `fallen` that domain. Both lists answer the same prompts in the same order."""
-    from stages.evaluation.evaluate import by
+    score less its standard error (negative where all rise), `fallen` that domain. Both lists answer the same prompts in
+    the same order."""
     from stages.evaluation.stats import win_rate
 
-    mean = lambda some: sum(row["score"] for row in some) / len(some)  # noqa: E731
-    before, after = ({d: mean(some) for d, some in by(one, "domain").items()} for one in (start, rows))
-    fallen = max(before, key=lambda domain: before[domain] - after[domain])
+    falls: dict[str, list[float]] = {}
+    for before, after in zip(start, rows, strict=True):
+        falls.setdefault(before["domain"], []).append(before["score"] - after["score"])
+    sure = {domain: _mean(some) - _error(some) for domain, some in falls.items()}
+    fallen = max(sure, key=lambda domain: sure[domain])
     rewards = [[row["reward_model"] for row in one] for one in (rows, start)]
-    return {"win": list(win_rate(*rewards)), "fall": before[fallen] - after[fallen], "fallen": fallen}
+    return {"win": list(win_rate(*rewards)), "fall": sure[fallen], "fallen": fallen}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _error(values: list[float]) -> float:
+    """Standard error of the mean."""
+    mean, n = _mean(values), len(values)
+    return (sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n) ** 0.5
 
 
 def choose(found: dict[str, dict[str, Any]], least_win: float, most_fall: float) -> str:

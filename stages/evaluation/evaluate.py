@@ -24,6 +24,7 @@ SHOWN = 400  # characters kept of each end of a prompt, for a reader; the artifa
 class Config:
     engine: str = option("transformers", "what generates", "rollout/engines")
     prompts_per_domain: int = option(500, "held-out prompts a domain, the first ones of the file; 0 takes all")
+    skip: int = option(0, "held-out prompts a domain passed over: to choose by others than those that are reported")
     max_new_tokens: int = option(1024, "longest completion in tokens; the scored one is greedy")
     samples: int = option(
         0, "completions sampled of each prompt at temperature 1 besides; the mean of their rewards is what RL raises"
@@ -41,7 +42,8 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     for name in ("max_new_tokens", "perplexity_length", "perplexity_tokens"):
         if getattr(config, name) < 2:
             raise ConfigError(f"{name}: {getattr(config, name)} scores nothing; give at least 2")
-    for name, meaning in {"prompts_per_domain": "takes all prompts", "samples": "samples none"}.items():
+    zero = {"prompts_per_domain": "takes all prompts", "samples": "samples none", "skip": "passes over none"}
+    for name, meaning in zero.items():
         if getattr(config, name) < 0:
             raise ConfigError(f"{name}: {getattr(config, name)} is negative; 0 {meaning}")
 
@@ -69,7 +71,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     digests = tokenizer_digests(model.path)
     _require_same_tokenizer(digests, inputs)
     contaminated = _contaminated(config, inputs, ctx)
-    prompts = held_out(inputs["prompts"], config.prompts_per_domain)
+    prompts = held_out(inputs["prompts"], config.prompts_per_domain, config.skip)
     samples = answer(config, model, prompts, ctx, config.samples)
     if "reward" in inputs:
         judge(samples, inputs["reward"], ctx)

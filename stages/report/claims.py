@@ -26,8 +26,8 @@ def claims(facts: Facts) -> list[dict[str, Any]]:
                 found.append(_expert(facts, expert, parent, domain))
     if facts.soups() and facts.soups()[-1][0].name != facts.final.name:
         soup = facts.soups()[-1][0]
-        found += [_win(facts.final, soup)] if _judged(facts.final, soup) else []
-        found += [_fall(facts.final, soup, domain) for domain in facts.domains]
+        found += [_win(facts, facts.final, soup)] if _judged(facts.final, soup) else []
+        found += [_fall(facts, facts.final, soup, domain) for domain in facts.domains]
     return found
 
 
@@ -35,12 +35,14 @@ def _expert(facts: Facts, expert: Model, parent: Model, domain: str) -> dict[str
     run = _trained(facts, expert.record)
     weights = run["config"].get("rewards") or {"verifier": 1.0} if run["stage"] == "train.rl" else None
     measure = "score" if weights is None else "reward"
-    pairs = [(row, parent.samples[i]) for i, row in expert.samples.items() if row["domain"] == domain and i in parent.samples]
+    pairs = [
+        (row, parent.samples[i]) for i, row in expert.samples.items() if row["domain"] == domain and i in parent.samples
+    ]
     gains = [_value(after, weights) - _value(before, weights) for after, before in pairs]
     value, low, high = bootstrap(gains, SEED)
     return {
         "claim": f"{expert.name} above {parent.name}", "on": domain, "measure": measure, "prompts": len(gains),
-        "value": value, "low": low, "high": high, "seed": run["config"].get("seed"), "shown": low > 0,
+        "value": value, "low": low, "high": high, "seed": _seed(facts, expert), "shown": low > 0,
     }  # fmt: skip
 
 
@@ -53,8 +55,8 @@ def _value(row: dict[str, Any], weights: dict[str, float] | None) -> float:
 
 
 def _trained(facts: Facts, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of the training run behind a model: its own, or that of the first model it was merged from."""
-    while record["stage"] == "merge.soup":
+    """The record of the training run behind a model: its own, or that of the first model it was merged or chosen from."""
+    while record["stage"] in ("merge.soup", "evaluation.choose"):
         above = next((fp for arg, fp, _ in parents(record) if arg.startswith("models.")), origin(record))
         if above not in facts.records:
             break
@@ -62,25 +64,29 @@ def _trained(facts: Facts, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _seed(facts: Facts, model: Model) -> int | None:
+    return _trained(facts, model.record)["config"].get("seed")
+
+
 def _judged(*models: Model) -> bool:
     return all("reward_model" in row for model in models for row in model.samples.values())
 
 
-def _win(final: Model, soup: Model) -> dict[str, Any]:
+def _win(facts: Facts, final: Model, soup: Model) -> dict[str, Any]:
     shared = [i for i in final.samples if i in soup.samples]
     scores = [[model.samples[i]["reward_model"] for i in shared] for model in (final, soup)]
     value, low, high = bootstrap(wins(*scores), SEED)
     return {
         "claim": f"{final.name} preferred to {soup.name}", "on": "all domains", "measure": "win rate",
-        "prompts": len(shared), "value": value, "low": low, "high": high, "seed": final.record["config"].get("seed"),
+        "prompts": len(shared), "value": value, "low": low, "high": high, "seed": _seed(facts, final),
         "shown": value >= LEAST_WIN,
     }  # fmt: skip
 
 
-def _fall(final: Model, soup: Model, domain: str) -> dict[str, Any]:
+def _fall(facts: Facts, final: Model, soup: Model, domain: str) -> dict[str, Any]:
     ids = [i for i, row in final.samples.items() if row["domain"] == domain and i in soup.samples]
     value, low, high = bootstrap([final.samples[i]["score"] - soup.samples[i]["score"] for i in ids], SEED)
     return {
         "claim": f"{final.name} not below {soup.name}", "on": domain, "measure": "score", "prompts": len(ids),
-        "value": value, "low": low, "high": high, "seed": final.record["config"].get("seed"), "shown": value >= -MOST_FALL,
+        "value": value, "low": low, "high": high, "seed": _seed(facts, final), "shown": value >= -MOST_FALL,
     }  # fmt: skip

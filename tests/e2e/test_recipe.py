@@ -49,7 +49,7 @@ def records(home, state="state"):
 def test_the_whole_recipe(home):
     out = cuvee(home, "run", "scale=micro").stdout
     made = records(home)
-    assert len(made) == 55 and "55 of 55 stages to make" in out
+    assert len(made) == 62 and "62 of 62 stages to make" in out
     assert [p.name for p in home.iterdir()] == ["state"]  # nothing is left beside the state directory
     for line in ("polished", "cuvee chat polished", "report.html", "mlflow", "prefect"):
         assert line in out
@@ -102,14 +102,14 @@ def test_mlflow_has_a_run_an_artifact_linked_to_its_inputs(home):
     made = records(home)
     run = client.get_run(made["polished"]["mlflow"]["run_id"])
     assert run.data.tags["cuvee.fingerprint"] == made["polished"]["fingerprint"]
-    assert run.info.status == "FINISHED" and run.data.params["objective"] == "copg"
+    assert run.info.status == "FINISHED" and run.data.params["skip"] == "6"
     assert made["preference"]["mlflow"]["model_id"] in {m.model_id for m in run.inputs.model_inputs}
     assert made["polished"]["mlflow"]["model_id"] in {m.model_id for m in run.outputs.model_outputs}
     assert len(client.get_metric_history(made["pretrained"]["mlflow"]["run_id"], "loss")) >= 12
     version = client.get_model_version_by_alias("cuvee-command-a", "polished")
     assert version.tags["cuvee.fingerprint"] == made["polished"]["fingerprint"]
     parents = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.data.tags['mlflow.parentRunId']}'")
-    assert len(parents) == 55
+    assert len(parents) == 62
 
 
 def test_plan_names_what_a_changed_learning_rate_remakes(home):

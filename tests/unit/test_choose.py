@@ -23,10 +23,11 @@ def row(domain: str, score: float, reward: float) -> dict:
 
 
 def test_a_candidate_is_compared_prompt_by_prompt():
-    start = [row("a", 1.0, 0.0), row("a", 0.0, 0.0), row("b", 1.0, 0.0), row("b", 1.0, 0.0)]
-    rows = [row("a", 1.0, 1.0), row("a", 1.0, 1.0), row("b", 0.0, 0.0), row("b", 1.0, -1.0)]
+    start = [row("a", 1.0, 0.0), row("a", 0.0, 0.0), row("b", 1.0, 0.0), row("b", 1.0, 0.0), row("b", 1.0, 0.0)]
+    rows = [row("a", 1.0, 1.0), row("a", 1.0, 1.0), row("b", 0.0, 0.0), row("b", 0.0, -1.0), row("b", 1.0, 0.0)]
     found = choose.compare(rows, start)
-    assert found["win"][0] == (2 + 0.5) / 4 and (found["fallen"], found["fall"]) == ("b", 0.5)
+    assert found["win"][0] == (2 + 2 * 0.5) / 5 and found["fallen"] == "b"
+    assert found["fall"] == pytest.approx(2 / 3 - np.std([1, 1, 0], ddof=1) / math.sqrt(3))
 
 
 @pytest.mark.parametrize("candidates, chosen", [
@@ -179,7 +180,11 @@ def test_a_suite_that_curation_did_not_keep_out_is_known(tmp_path, config, told,
 
 def test_evaluation_marks_or_refuses_such_a_suite(inputs, tmp_path):
     (tmp_path / "corpus").mkdir()
-    given = {"model": inputs["start"], "prompts": inputs["prompts"], "corpus": tiny.artifact(tmp_path / "corpus", Kind.CORPUS)}
+    given = {
+        "model": inputs["start"],
+        "prompts": inputs["prompts"],
+        "corpus": tiny.artifact(tmp_path / "corpus", Kind.CORPUS),
+    }
     values = {"max_new_tokens": 4, "prompts_per_domain": 2, "dtype": "float32"}
     with pytest.raises(CuveeError, match="the suite math was not kept out of the training text .* data.benchmarks"):
         evaluate.run(evaluate.Config(**values, contaminated="refuse"), given, tmp_path, tiny.context(tmp_path / "a"))

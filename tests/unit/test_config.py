@@ -1,5 +1,9 @@
 """A wrong key, type or choice: one sentence with the nearest valid name. And the graph that a right one gives."""
 
+from functools import cache
+
+from pathlib import Path
+
 import pytest
 
 from flows.config import compose
@@ -11,6 +15,7 @@ from stages.store.local import LocalStore
 EXPERTS = ("code", "safety", "rag", "math", "multilingual", "long_context")
 
 
+@cache
 def graph(*overrides):
     return Graph(compose(list(overrides)))
 
@@ -64,7 +69,7 @@ def test_experts_differ_by_their_options():
     assert "sft-soup-without-code" in parents["sft-code-again-seed-0"]
     assert "sft-code-again" in parents["rl-code-alone"] and set(parents["rl-code"]) == {"rl-code-alone", "sft-code-again"}
     assert "base" in parents["sft-long_context"] and "instruct" not in parents["sft-long_context"]
-    assert changed("expert.code.anchor.weights.rl=0.5") == downstream("rl-code")
+    assert changed("expert.code.anchor=0.5") == downstream("rl-code")
 
 
 def test_rounds_of_polishing_follow_each_other():
@@ -103,7 +108,7 @@ def test_placement_changes_no_address(override):
 
 def test_fewer_experts_and_a_part_of_the_graph():
     small = graph("recipe.experts=[code,math]")
-    assert {n for n in small.nodes if n.startswith("rl-")} == {"rl-code", "rl-math", "rl-soup"}
+    assert {n for n in small.nodes if n.startswith("rl-")} == {"rl-code-alone", "rl-code", "rl-math", "rl-soup"}
     assert set(graph("recipe.experts=[rag]").nodes["sft-rag"].config.mix) == {"rag"}  # its share of long_context is gone
     part = [n.name for n in small.until(["sft-soup"])]
     assert part[-1] == "sft-soup" and "rl-code" not in part and "corpus" in part
@@ -132,3 +137,16 @@ def test_a_new_expert_is_one_yaml(tmp_path, monkeypatch):
     (conf / "expert" / "algebra.yaml").write_text("defaults: [_base, _self_]\nprompts: {domain: math}\n")
     monkeypatch.setattr(config, "CONF", conf)
     assert "rl-algebra" in graph("recipe.experts=[code,algebra]").nodes
+
+
+def test_the_best_seeds_are_averaged_by_prompts_that_no_score_is_reported_of():
+    nodes = graph("expert.code.seeds=[0,1,2]", "recipe.seeds_kept=2").nodes
+    names = [f"trial-sft-code-{s}" for s in (0, 1, 2)]
+    assert set(names) < {p.name for p in nodes["sft-code"].parents} and nodes["sft-code"].config.top == 2
+    judged, reported = nodes[names[0]], nodes["scores-sft-code"]
+    assert judged.config.skip == reported.config.prompts_per_domain and list(judged.inputs["prompts"]) == ["code"]
+
+
+def test_the_home_folder_may_be_written_short():
+    conf = compose(["data.sources=[~/docs,/a~b/c,s3://b/~x]"])
+    assert conf.data.sources == [f"{Path.home()}/docs", "/a~b/c", "s3://b/~x"]
