@@ -15,7 +15,7 @@ import threading
 from typing import Any
 
 from stages.run import OK
-from stages.stage import ConfigError
+from stages.stage import ConfigError, names
 
 LEAVE_SECONDS = 20.0
 
@@ -63,11 +63,19 @@ def check(overrides: list[str], until: str) -> Any:
     if conf.cluster.launcher != "kubernetes":
         raise ConfigError(f"cluster={conf.cluster.name} starts stages with launcher {conf.cluster.launcher}, but submit runs "
                           "on Kubernetes; add cluster=kubernetes, or use cuvee run")
-    if conf.store.kind == "local" and conf.store.uri and not conf.store.uri.startswith(f"{conf.cluster.volume.path}/"):
+    if conf.store.kind == "local" and conf.store.uri and not below(conf.store.uri, conf):
         raise ConfigError(f"store.uri={conf.store.uri} is not on the volume that the pods share; give a folder below "
                           f"cluster.volume.path={conf.cluster.volume.path}, or store=s3")
+    for source in conf.data.sources:
+        if "://" not in source and source not in names("data/sources") and not below(source, conf):
+            raise ConfigError(f"data.sources: {source} would be read in the cluster, where it is not; copy it to the volume, "
+                              f"below {conf.cluster.volume.path}, or to a bucket, s3://...")
     Graph(conf).until(targets(until))
     return conf
+
+
+def below(path: str, conf: Any) -> bool:
+    return path.startswith(f"{conf.cluster.volume.path}/")
 
 
 def targets(until: str) -> list[str]:
@@ -75,11 +83,11 @@ def targets(until: str) -> list[str]:
 
 
 def manifest(settings: Any, name: str, overrides: list[str], until: str) -> dict[str, Any]:
-    """The job of the run. What it notes of itself lies on the volume, for the pod that goes on."""
+    """The job of the run. What it notes of itself lies on the volume, for whoever goes on."""
     from flows.launchers._kubernetes_manifests import run_job
 
     command = ["python", "-m", "flows.submit", *overrides, *(["--until", until] if until else [])]
-    state = f"{settings.volume.path}/runs/{name}"
+    state = f"{settings.volume.path}/runs/{name.rpartition('-')[0]}"
     return run_job(settings, name, command, {"CUVEE_STATE": state, "PREFECT_HOME": "/tmp/prefect"})
 
 

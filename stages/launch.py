@@ -7,6 +7,7 @@ One host needs nothing else. Of several hosts each is told by its environment:
     CUVEE_RENDEZVOUS                       "name:port" at which host 0 keeps the meeting point
     CUVEE_ADDRESS                          where the others reach this host
     CUVEE_RUN                              a name that they share, and no other attempt has
+    CUVEE_STDIN                            set where the end of standard input means that the run is gone
 
 The processes are started and watched by torch's elastic agent. The exit status is that of stages/run.py for the stage as a
 whole: OK, REFUSED, AGAIN on every host, FAILED; 128 + s where signal s ended a process; LOST where the other hosts are
@@ -36,6 +37,8 @@ from stages.run import AGAIN, FAILED, OK, PR_SET_PDEATHSIG
 
 LOST = 69  # EX_UNAVAILABLE: only follows from what befell another host
 BY_SIGNAL = 128
+SAVE_SECONDS = 600  # that a stage has to save and leave after SIGTERM
+ALONE_SECONDS = 90  # the same where other hosts may be gone, for which its processes would wait for ever
 ENDED_SECONDS = 15.0  # after its processes have ended the agent ends
 WAIT_SECONDS = 7 * 24 * 3600  # that hosts wait for one another: a cluster may have no room for the last one for days
 
@@ -48,6 +51,8 @@ def main(spec_file: str) -> int:
         return OK
     run = _Processes(spec_file, spec) if spec["processes"] > 1 else _Process(spec_file)
     signal.signal(signal.SIGTERM, run.stop)
+    if os.environ.get("CUVEE_STDIN"):
+        threading.Thread(target=_end_with_input, daemon=True).start()
     status = run.wait()
     return AGAIN if status == OK and _answer(spec) == AGAIN else status
 
@@ -58,6 +63,17 @@ def _answer(spec: dict[str, Any]) -> int | None:
         return json.loads(Path(spec["result"]).read_text())["status"]
     except FileNotFoundError:
         return None
+
+
+def _end_with_input() -> None:
+    """Who started this from another host has nothing else to say that it is over."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ALONE_SECONDS)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(LOST)
 
 
 class _Process:
@@ -132,13 +148,15 @@ def _config(spec: dict[str, Any]) -> Any:
     # A host that comes back would wait for ever in the meeting point's own store (seen with torch 2.13).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     first = int(os.environ.get("CUVEE_HOST") or os.environ["JOB_COMPLETION_INDEX"]) == 0
-    meeting = os.environ["CUVEE_RENDEZVOUS"]
-    if not first:
+    meeting, own = os.environ["CUVEE_RENDEZVOUS"], os.environ["CUVEE_ADDRESS"]
+    if first:  # which its name may not stand for yet
+        meeting = f"{f'[{own}]' if ':' in own else own}:{meeting.rpartition(':')[2]}"
+    else:
         _await(meeting)
     return LaunchConfig(
         hosts, hosts, spec["processes"] // hosts, run_id=os.environ["CUVEE_RUN"], rdzv_backend="c10d",
         rdzv_endpoint=meeting, rdzv_configs={"is_host": first, "join_timeout": WAIT_SECONDS},
-        local_addr=os.environ["CUVEE_ADDRESS"], max_restarts=0,
+        local_addr=own, max_restarts=0,
     )  # fmt: skip
 
 

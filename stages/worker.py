@@ -65,12 +65,12 @@ def serve(device: str) -> None:
                 return _end()
             *lines, pending = (pending + chunk).split(b"\n")
             for request in map(json.loads, lines):
-                pid = _fork(request, libc)
+                pid = _fork(request, libc, answers)
                 jobs[pid] = request["job"]
                 answers.write(json.dumps({"job": request["job"], "pid": pid}) + "\n")
 
 
-def _fork(request: dict, libc: ctypes.CDLL) -> int:
+def _fork(request: dict, libc: ctypes.CDLL, answers) -> int:
     # Blocked until the child has left this process's handlers behind: a SIGTERM in between would run ours in it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
@@ -81,6 +81,7 @@ def _fork(request: dict, libc: ctypes.CDLL) -> int:
     try:
         os.setsid()
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # kill -9 of the worker must not leave a stage that writes on
+        os.close(answers.fileno())  # nor keep its parent waiting for answers
         signal.set_wakeup_fd(-1)
         for name in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)

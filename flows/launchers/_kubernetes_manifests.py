@@ -45,7 +45,7 @@ class Settings:
     pod: dict[str, Any] = option({}, "merged into every pod's spec, e.g. {nodeSelector: {pool: h100}}")
     user: int = option(10001, "user and group that the containers run as")
     port: int = option(29500, "of the first pod, where the others meet")
-    restarts: int = option(5, "how often the pods of a stage may fail together; evictions don't count")
+    restarts: int = option(3, "how often the pods of a job may fail together; evictions don't count")
     grace_seconds: int = option(120, "that a pod has to save a checkpoint when it is evicted")
     start_seconds: int = option(900, "after which a pod that can't start (image, missing secret) ends the stage")
     keep_seconds: int = option(86400, "that a finished job stays to be looked at")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ STUCK = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverP
          "CreateContainerError", "RunContainerError")  # fmt: skip
 LOOK_SECONDS = 5.0
 DRAIN_SECONDS = 20.0
-TERMINATED = BY_SIGNAL + 15
+TERMINATED = BY_SIGNAL + signal.SIGTERM
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 
 
@@ -117,12 +118,14 @@ class Pods:
                 yield value
 
     def status(self) -> int:
-        """The exit status that explains a failed job: a refusal, else what is not the consequence of another's."""
+        """The exit status that explains a failed job: a refusal, else what is not the consequence of another's. Negative
+        for a signal: the stage may be started again if it got on."""
         codes = [code for code in self.codes.values() if code not in (OK, AGAIN)]
         if REFUSED in codes:
             return REFUSED
         causes = [code for code in codes if code not in (LOST, TERMINATED)] or codes
-        return max(causes, default=FAILED)
+        status = max(causes, default=FAILED)
+        return BY_SIGNAL - status if status > BY_SIGNAL else -signal.SIGTERM if status == LOST else status
 
 
 def state(pod: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from flows.launchers._kubernetes_api import CONFLICT, Api, Refused, Unreachable,
 from flows.launchers._kubernetes_manifests import LABEL, SPEC, Settings, Stage
 from flows.launchers._kubernetes_pods import Pods
 from flows.launchers._kubernetes_watch import follow
-from stages.run import OK, REFUSED
+from stages.run import AGAIN, FAILED, OK, REFUSED
 from stages.stage import ConfigError, CuveeError, parse
 
 COMMON = ("name", "launcher", "device", "cores", "devices", "hosts", "memory_gib", "flops_per_second", "price_per_hour",
@@ -199,7 +199,9 @@ class Job:
             why = next(c for c in owner["status"]["conditions"] if c["type"] == "Failed" and c["status"] == "True")
             tell(f"{self.stage.name} failed: {why.get('reason', '')}: {why.get('message', '')}")
         deadline = time.monotonic() + SEEN_SECONDS
-        while self.result and status in (OK, REFUSED) and not self._answered() and time.monotonic() < deadline:
+        while self.result and status in (OK, REFUSED) and not self._answered():
+            if time.monotonic() > deadline:  # this run has removed what it adopted too late
+                return AGAIN if status == OK else FAILED
             time.sleep(0.2)
         return status
 

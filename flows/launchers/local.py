@@ -14,6 +14,9 @@ from typing import Any
 from stages.stage import ConfigError
 from stages.worker import end_tree
 
+KILLED = -9
+LISTEN_SECONDS = 5.0  # for the last answers of a worker that has ended
+
 
 class Job:
     """One attempt at a stage. `wait` returns its exit status; negative means the signal that ended it."""
@@ -38,6 +41,13 @@ class Job:
                 if last:
                     return self.status
                 last = self.ended.wait(0.1)
+
+    def end(self, status: int) -> None:
+        """Take note that it has ended."""
+        if not self.ended.is_set():
+            self.status = status
+            self.started.set()
+            self.ended.set()
 
     def cancel(self) -> None:
         """End the stage and everything that it started."""
@@ -67,7 +77,8 @@ class Launcher:
             if self._worker is None or self._worker.poll() is not None:
                 self._worker = subprocess.Popen([sys.executable, "-m", "stages.worker", self._device], stdin=subprocess.PIPE,
                                                 stdout=subprocess.PIPE, text=True, bufsize=1)
-                threading.Thread(target=self._listen, args=(self._worker,), daemon=True).start()
+                self._jobs = {}
+                threading.Thread(target=_watch, args=(self._worker, self._jobs), daemon=True).start()
 
     def launch(self, spec: Path, log: Path, threads: int) -> Job:
         self.warm()
@@ -75,24 +86,11 @@ class Launcher:
         request = {"job": name, "spec": str(spec), "log": str(log), "threads": threads}
         with self._lock:
             self._jobs[name] = job
-            self._worker.stdin.write(json.dumps(request) + "\n")
+            try:
+                self._worker.stdin.write(json.dumps(request) + "\n")
+            except BrokenPipeError:  # it died this moment
+                job.end(KILLED)
         return job
-
-    def _listen(self, worker: subprocess.Popen) -> None:
-        for line in worker.stdout:
-            answer = json.loads(line)
-            job = self._jobs.get(answer.get("job", ""))
-            if job and "pid" in answer:
-                job.pid = answer["pid"]
-                job.started.set()
-            elif job:
-                job.status = answer["status"]
-                job.ended.set()
-        for job in self._jobs.values():  # the worker died, and its children with it
-            if not job.ended.is_set():
-                job.status = -9
-                job.started.set()
-                job.ended.set()
 
     def close(self) -> None:
         with self._lock:
@@ -102,3 +100,24 @@ class Launcher:
                     self._worker.wait(15)
                 except subprocess.TimeoutExpired:
                     end_tree(self._worker.pid)
+
+
+def _watch(worker: subprocess.Popen, jobs: dict[str, Job]) -> None:
+    """Pass on what the worker answers; when it dies (out of memory, say), its children have died with it."""
+    listener = threading.Thread(target=_listen, args=(worker, jobs), daemon=True)
+    listener.start()
+    worker.wait()  # not the end of its output: what a stage started may hold that open
+    listener.join(LISTEN_SECONDS)
+    for job in list(jobs.values()):
+        job.end(KILLED)
+
+
+def _listen(worker: subprocess.Popen, jobs: dict[str, Job]) -> None:
+    for line in worker.stdout:
+        answer = json.loads(line)
+        job = jobs.get(answer.get("job", ""))
+        if job and "pid" in answer:
+            job.pid = answer["pid"]
+            job.started.set()
+        elif job:
+            job.end(answer["status"])

@@ -122,6 +122,11 @@ class Objects:
                 self.remove(plural, name)
             return item
 
+    def evict(self, pod: str) -> None:
+        """As a drain or a pre-emption does."""
+        self.update("pods", pod, lambda it: set_condition(it, "DisruptionTarget", "True", "EvictionByEvictionAPI"))
+        self.delete("pods", pod, {})
+
     def collect(self) -> None:
         """Foreground deletion: the dependents first, then the owner."""
         with self.changed:
@@ -173,17 +178,13 @@ class Handler(BaseHTTPRequestHandler):
         if not match or match[4] not in KINDS:  # as where JobSet or Kubeflow is not installed
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         plural, name, part = match[4], match[5], match[6]
-        for verb, kind in self.server.forbidden:
-            if (verb, kind) == (self.command, plural + (f"/{part}" if part else "")):
-                raise Refusal(403, "Forbidden", f'{plural} is forbidden: User "tests" cannot {verb} resource "{kind}"')
+        self._authorize(match[1] or "", plural + (f"/{part}" if part else ""), bool(name))
         if self.command == "GET" and part == "log":
             return self._log(name)
         if self.command == "GET" and name:
             return objects.get(plural, name)
         if self.command == "GET":
             return self._watch(plural) if self.query.get("watch") == "true" else self._list(plural)
-        if part == "eviction":
-            return self._evict(name)
         if self.command == "POST":
             self._validate(body, KINDS[plural])
             return objects.create(plural, body, dry=self.query.get("dryRun") == "All")
@@ -191,6 +192,12 @@ class Handler(BaseHTTPRequestHandler):
             return objects.delete(plural, name, body or {})
         change = {"status": body["status"]} if part == "status" else {k: v for k, v in body.items() if k != "status"}
         return objects.update(plural, name, lambda item: merge_patch(item, change))
+
+    def _authorize(self, group: str, resource: str, named: bool) -> None:
+        watched = "watch" if self.query.get("watch") == "true" else "list"
+        verb = {"GET": "get" if named else watched, "POST": "create", "PATCH": "patch", "DELETE": "delete"}[self.command]
+        if (group, resource, verb) not in self.server.rights:
+            raise Refusal(403, "Forbidden", f'{resource} is forbidden: User "tests" cannot {verb} resource "{resource}"')
 
     def _validate(self, body: dict, kind: str) -> None:
         if self.query.get("fieldValidation") != "Strict":
@@ -275,22 +282,16 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
-    def _evict(self, name: str) -> dict:
-        objects = self.server.objects
-        objects.update("pods", name, lambda pod: set_condition(pod, "DisruptionTarget", "True", "EvictionByEvictionAPI"))
-        objects.delete("pods", name, {})
-        return {"kind": "Status", "apiVersion": "v1", "status": "Success"}
-
 
 class Server(ThreadingHTTPServer):
-    """Serves on loopback until `close`. `broken`: answer 503. `forbidden`: (HTTP method, resource) that answer 403."""
+    """Serves on loopback until `close`. `broken`: answer 503. `rights`: (group, resource, verb) that the token has."""
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, rights: set[tuple[str, str, str]]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.objects, self.logs, self.requests = Objects(), {}, []
-        self.broken, self.stopping, self.forbidden, self.cuts = threading.Event(), threading.Event(), set(), 0
+        self.objects, self.logs, self.requests, self.rights = Objects(), {}, [], rights
+        self.broken, self.stopping, self.cuts = threading.Event(), threading.Event(), 0
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     @property

@@ -2,6 +2,7 @@
 
 A real cluster needs  CUVEE_TEST_IMAGE   an image of infra/images with this checkout
                       CUVEE_TEST_VOLUME  "claim:path" of a claim that is mounted at `path` where the tests run too
+                      the rights of infra/kubernetes/base/rbac.yaml in the context's namespace
 and is asked for nothing else; what only a server of our own can do (lose a node, forget its history) is skipped there.
 """
 
@@ -18,6 +19,7 @@ import yaml
 from flows.config import CONF
 from flows.launchers import _kubernetes_manifests as manifests
 from flows.launchers.kubernetes import Launcher
+from stages.stage import ROOT
 from tests.kubernetes.apiserver import TOKEN
 from tests.kubernetes.controllers import Cluster
 
@@ -62,9 +64,19 @@ class Place:
 
     def evict(self, pod: str) -> None:
         """As a drain or a pre-emption does."""
+        if self.local:
+            return self.local.objects.evict(pod)
         api = self.launched[-1].api
         body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
         api._json("POST", api._path("Pod", pod) + "/eviction", {}, body)
+
+
+def rights() -> set[tuple[str, str, str]]:
+    """(group, resource, verb) that infra/kubernetes gives to a run, lost nodes included."""
+    files = [ROOT.parent / "infra/kubernetes" / name for name in ("base/rbac.yaml", "components/node-loss/rbac.yaml")]
+    roles = [one for file in files for one in yaml.safe_load_all(file.read_text()) if one["kind"].endswith("Role")]
+    return {(group, resource, verb) for role in roles for rule in role["rules"] for group in rule["apiGroups"]
+            for resource in rule["resources"] for verb in rule["verbs"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -73,11 +85,12 @@ def place(tmp_path, monkeypatch):
         if not (os.environ.get("CUVEE_TEST_IMAGE") and os.environ.get("CUVEE_TEST_VOLUME")):
             pytest.skip("KUBECONFIG is set, but not CUVEE_TEST_IMAGE and CUVEE_TEST_VOLUME (see tests/kubernetes/conftest.py)")
         claim, _, path = os.environ["CUVEE_TEST_VOLUME"].partition(":")
+        os.umask(0)  # the pods may run as somebody else
         volume = Path(path) / tmp_path.name
         volume.mkdir(parents=True)
         yield (found := Place(volume, claim, os.environ["CUVEE_TEST_IMAGE"], None))
     else:
-        local = Cluster()
+        local = Cluster(rights())
         user = {"name": "me", "user": {"token": TOKEN}}
         context = {"name": "here", "context": {"cluster": "here", "user": "me", "namespace": "default"}}
         config = {"clusters": [{"name": "here", "cluster": {"server": local.server.url}}], "users": [user],

@@ -42,8 +42,8 @@ class Log:
 class Cluster:
     """Nodes `node-0`, `node-1`, ... with the server; `lose` takes one away."""
 
-    def __init__(self, nodes: int = 2, tolerate: float = 0.5):
-        self.server, self.tolerate = Server(), tolerate
+    def __init__(self, rights: set[tuple[str, str, str]], nodes: int = 2, tolerate: float = 0.5):
+        self.server, self.tolerate = Server(rights), tolerate
         self.objects = self.server.objects
         self.processes: dict[str, subprocess.Popen] = {}  # pod -> its container
         self.killed: dict[str, float] = {}  # pod -> when it was asked to end

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,6 +100,24 @@ def test_cancelling_ends_every_rank(tmp_path, launcher, tokens):
     assert job.wait(lambda line: None) < 0 and psutil.wait_procs(ranks, timeout=5)[1] == []
 
 
-def test_several_hosts_are_refused():
+def test_several_hosts_are_one_job(tmp_path, tokens):
+    """Through a command as ssh is: another host's rank is killed, and all end with that status."""
+    shell = [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[2], shell=True))"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    hosts = SimpleNamespace(name="two", hosts=2, devices=2, device="cpu", nodes=["127.0.0.1", "127.0.0.2"], shell=shell, port=port)
+    launcher, root = Launcher(hosts), tmp_path / "a folder"
+    job = launcher.launch(write_spec(root, tokens, 2, steps=200), root / "log", 2)
+    there = psutil.Process(job._processes[1].pid)
+    while not (metrics := root / "scratch/metrics.jsonl").exists() or metrics.read_text().count("\n") < 2:
+        assert not job.ended.wait(0.02), (root / "log").read_text()
+    everything = [there, *there.children(recursive=True), *psutil.Process(job.pid).children()]
+    there.children(recursive=True)[-1].kill()
+    assert job.wait(lambda line: None) == -signal.SIGKILL
+    assert psutil.wait_procs(everything, timeout=10)[1] == []
+
+
+def test_several_hosts_without_names_are_refused():
     with pytest.raises(ConfigError, match="has 64 hosts"):
         Launcher(SimpleNamespace(name="h100x512", hosts=64, devices=512, device="cpu"))
