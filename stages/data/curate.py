@@ -12,6 +12,9 @@ or, if it must see everything:
                                                 "removed", bool [documents], hides documents from the joins that follow
     apply(documents, places, config, state) -> list[str]    the verdicts, by places in the corpus
 
+A verdict may be `Scored` (stages/data/thresholds.py): table.json then shows how the scores spread and which documents lie
+next to the threshold on either side. `LIBRARIES` names what decides a block's outcome by its release.
+
 Its own options are its `Config`, here under `options.<block>`; a `check(config)` may refuse them.
 """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 ROWS = 4_000_000  # rows of keys sorted at once
+LEADING = 24  # bits
 
 
 class Keys:
@@ -74,6 +75,20 @@ class State:
         found = self.get(name)
         if found is None:
             raise KeyError(name)
+        return found
+
+    def find(self, name: str, values: np.ndarray) -> np.ndarray:
+        """int64 [values]: where each stands in an ordered array of uint64, -1 for none. A table of leading bits tells most."""
+        ordered, key = self[name], f"{name} by leading bits"
+        if key not in self.arrays:
+            self.arrays[key] = np.zeros(1 << LEADING, bool)
+            for start in range(0, len(ordered), ROWS):
+                self.arrays[key][ordered[start : start + ROWS] >> np.uint64(64 - LEADING)] = True
+        found = np.full(len(values), -1)
+        maybe = np.flatnonzero(self.arrays[key][values >> np.uint64(64 - LEADING)])
+        if len(maybe):
+            place = np.minimum(np.searchsorted(ordered, values[maybe]), len(ordered) - 1)
+            found[maybe] = np.where(ordered[place] == values[maybe], place, -1)
         return found
 
     def commit(self) -> None:

@@ -264,20 +264,28 @@ def ngrams(texts: list[str], n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     In scripts without spaces, of characters. A text of fewer words has none.
     """
     for group in groups(texts):
-        codes = normal()[np.frombuffer("\n".join(texts[i] for i in group).encode("utf-32-le"), np.uint32)]
-        kind = kinds()[codes]
-        bare = (kind == UNSPACED) | (codes == ord(" ")) | (codes == ord("\n"))
-        begins = ~bare
-        begins[1:] &= bare[:-1]
-        begins |= kind == UNSPACED
-        starts = np.flatnonzero(begins)
-        ends = np.flatnonzero(~bare & np.append(bare[1:], True) | (kind == UNSPACED)) + 1
-        hashes = np.concatenate([mixed(spans(prefix_sums(part.astype(np.uint64)), here - offset, there - offset))
-                                 for part, offset, here, there in _parts(codes, starts, ends)] or [np.empty(0, np.uint64)])
-        stops = np.cumsum([len(texts[i]) + 1 for i in group])
-        lengths = np.diff(np.searchsorted(starts, np.concatenate([[0], stops])))
+        hashes, _, _, lengths = word_bounds([texts[i] for i in group])
         for found, text in windows(hashes, lengths, n):
             yield found, np.array(group)[text]
+
+
+def word_bounds(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(hashes uint64, starts, ends int64 [words], words of each text int64): words without the marks between them.
+
+    Places are characters of all texts joined by one character.
+    """
+    codes = normal()[np.frombuffer("\n".join(texts).encode("utf-32-le"), np.uint32)]
+    kind = kinds()[codes]
+    bare = (kind == UNSPACED) | (codes == ord(" ")) | (codes == ord("\n"))
+    begins = ~bare
+    begins[1:] &= bare[:-1]
+    begins |= kind == UNSPACED
+    starts = np.flatnonzero(begins)
+    ends = np.flatnonzero(~bare & np.append(bare[1:], True) | (kind == UNSPACED)) + 1
+    hashes = np.concatenate([mixed(spans(prefix_sums(part.astype(np.uint64)), here - offset, there - offset))
+                             for part, offset, here, there in _parts(codes, starts, ends)] or [np.empty(0, np.uint64)])
+    stops = np.cumsum([len(text) + 1 for text in texts])
+    return hashes, starts, ends, np.diff(np.searchsorted(starts, np.concatenate([[0], stops])))
 
 
 def _parts(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray, np.ndarray]]:

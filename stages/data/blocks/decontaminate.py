@@ -6,12 +6,12 @@ import numpy as np
 
 from stages.data.document import Document
 from stages.data.join import Keys, State, in_order
+from stages.data.thresholds import Scored
 from stages.data.words import ngrams
 from stages.stage import ConfigError, option
 
 AFTER_APPLY = True  # who is protected is known once the split is applied
 ROW = [("document", np.int64), ("hash", np.uint64), ("benchmark", bool)]
-BITS = 24
 
 
 @dataclass
@@ -58,21 +58,10 @@ def apply(documents: list[Document], places: np.ndarray, config: Config, state: 
     hashes, training = state["hashes"], [i for i, document in enumerate(documents) if document.split == "train"]
     if not len(hashes):
         return reasons
-    table = _table(state)
     for grams, text in ngrams([documents[i].text for i in training], config.ngram):
-        maybe = np.flatnonzero(table[grams >> np.uint64(64 - BITS)])
-        found = np.minimum(np.searchsorted(hashes, grams[maybe]), len(hashes) - 1)
-        for i in np.unique(text[maybe[hashes[found] == grams[maybe]]]).tolist():
+        for i in np.unique(text[state.find("hashes", grams) >= 0]).tolist():
             reasons[training[i]] = reasons[training[i]] or _reason(np.unique(grams[text == i]), hashes, state, config)
     return reasons
-
-
-def _table(state: State) -> np.ndarray:
-    """bool [2^BITS]: leading bits of protected n-grams. One look tells most others apart."""
-    if "table" not in state.arrays:
-        state.arrays["table"] = np.zeros(1 << BITS, bool)
-        state.arrays["table"][state["hashes"] >> np.uint64(64 - BITS)] = True
-    return state.arrays["table"]
 
 
 def _reason(own: np.ndarray, hashes: np.ndarray, state: State, config: Config) -> str:
@@ -83,6 +72,6 @@ def _reason(own: np.ndarray, hashes: np.ndarray, state: State, config: Config) -
     worst = int(shares.argmax())
     share = max(float(shares[worst]), len(hits) / len(own))
     if share <= config.overlap:
-        return ""
+        return Scored("", share, config.overlap)
     split = "benchmark" if state["benchmark"][owners[worst]] else "heldout"
-    return f"overlap with {split}: {state.id(int(owners[worst]))} ({share:.0%})"
+    return Scored(f"overlap with {split}: {state.id(int(owners[worst]))} ({share:.0%})", share, config.overlap)

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from stages.data.blocks import _korean
 from stages.data.document import Document
+from stages.data.thresholds import Scored
 from stages.stage import option
+
+LIBRARIES = ("ftfy",)
 
 
 @dataclass
@@ -19,10 +22,12 @@ def clean(document: Document, config: Config) -> str:
     document.text = _mojibake(text)
     if document.domain != "code":
         document.text = _characters(document.text, markup=bool(document.markup))
-    broken = document.text.count("\ufffd")
-    if broken > config.max_broken * len(document.text):
-        return f"undecodable: {broken} of {len(document.text)} characters"
-    return "" if document.text.strip() else "empty"
+    if not document.text.strip():
+        return "empty"
+    if not (broken := document.text.count("\ufffd")):
+        return ""
+    lost = broken > config.max_broken * len(document.text)
+    return Scored(f"undecodable: {broken} of {len(document.text)} characters" if lost else "", broken / len(document.text), config.max_broken)
 
 
 def _mojibake(text: str) -> str:

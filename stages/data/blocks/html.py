@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from stages.data.document import Document
 from stages.stage import option
 
+LIBRARIES = ("resiliparse",)
+
 # Tags whose nesting means depth: those that end by themselves are left out.
 TAG = re.compile(r"<(/?)(?!(?:br|p|li|img|td|th|tr|dt|dd|option|meta|link|input|hr|source|wbr|area|col|embed|track)\b)"
                  r"([a-zA-Z][a-zA-Z0-9]*)(?:[^<>]*(/)>)?")  # fmt: skip

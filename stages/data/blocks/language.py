@@ -8,6 +8,7 @@ from stages.data.sources.cldr import LANGUAGES
 from stages.data.thresholds import Scored
 from stages.stage import option
 
+LIBRARIES = ("py3langid", "resiliparse")
 SAMPLE = 300  # characters looked at, at the beginning and in the middle: more changes nothing and costs time
 GLANCE = 2000  # characters of a long text
 # The languages that resiliparse takes for no other (it mixes up Spanish, Portuguese and Galician, Malay and Indonesian), up

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from stages.data.document import Document
 
+LIBRARIES = ("pypdf",)
 SUFFIXES = {".pdf"}
 SEEKS = True
 

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from stages.data.document import Document
 
+LIBRARIES = ("resiliparse",)  # finds the charset
 CODE = set(
     ".py .pyi .java .c .h .cc .cpp .cxx .hpp .rs .go .js .mjs .jsx .ts .tsx .cob .cbl .sql .rb .php .swift .kt .scala"
     " .cs .sh .bash .pl .lua .r .jl .hs .ml .clj .ex .erl .css .scss .yaml .yml .toml .ini .cmake .proto .vue".split()

@@ -10,6 +10,7 @@ from typing import BinaryIO
 from stages.data.document import Document
 from stages.data.formats.text import decode
 
+LIBRARIES = ("fastwarc", "resiliparse")
 SUFFIXES = {".warc", ".wet"}
 UNPACKS = True  # a member of the gzip file a record
 PACKED = {".gz", ".zst"}  # what FastWARC unpacks
