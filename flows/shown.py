@@ -13,6 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows import services
 from flows.summary import scores
+from flows.tracking import redacted
 
 logger = logging.getLogger("cuvee.shown")
 
@@ -28,7 +29,7 @@ def result(store: Any, nodes: list[Any]) -> None:
     made = {node.name: store.record(node.fingerprint) for node in nodes}
     lines = [f"- {what}: `{store.folder(made[name]['fingerprint'])}{file}`"
              for name, what, file in (("report", "report", "/report.html"), ("export", "model", "")) if name in made]
-    places = (os.environ.get("CUVEE_MLFLOW_URL"), services.address("mlflow"), os.environ.get("MLFLOW_TRACKING_URI"))
+    places = (os.environ.get("CUVEE_MLFLOW_URL"), services.address("mlflow"), redacted(os.environ.get("MLFLOW_TRACKING_URI", "")))
     tracking = next(filter(None, places), "")
     run = (made[nodes[-1].name].get("mlflow") or {}).get("run_id")
     if tracking.startswith("http") and run:

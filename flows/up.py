@@ -89,6 +89,7 @@ def deploy(overrides: list[str] = []) -> list[str]:  # noqa: B006
     from flows.flow import GROUPS, cuvee
 
     chosen, rest = split(overrides, GROUPS)
+    without = [o for o in overrides if not o.startswith("recipe=")]
     # Prefect's own schema lets a misspelt parameter pass, and the run then crashes.
     schema = parameter_schema(cuvee).model_dump_for_openapi() | {"additionalProperties": False}
     made = []
@@ -99,8 +100,7 @@ def deploy(overrides: list[str] = []) -> list[str]:  # noqa: B006
             pass
         flow_id = client.create_flow(cuvee)
         for recipe in [chosen["recipe"]] if "recipe" in chosen else choices("recipe"):
-            conf = compose([*overrides, f"recipe={recipe}"])
-            for part in ["", *conf.recipe.parts]:
+            for part in ["", *compose([f"recipe={recipe}", *without]).recipe.parts]:
                 made.append("-".join(filter(None, [recipe.replace("_", "-"), part])))
                 client.create_deployment(
                     flow_id, made[-1], work_pool_name=POOL, entrypoint="flows/flow.py:cuvee", path=str(CONF.parent),

@@ -15,11 +15,13 @@ RUN apt-get update \
 RUN pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==${TORCH}"
 
 WORKDIR /opt/cuvee
-COPY pyproject.toml constraints.txt README.md ./
-COPY infra/images/requirements.py /tmp/requirements.py
-RUN python /tmp/requirements.py kubernetes ray server > /tmp/requirements.txt \
-    && pip install -c constraints.txt -r /tmp/requirements.txt \
-    && rm /tmp/requirements.*
+COPY pyproject.toml constraints.txt requirements.lock README.md ./
+COPY infra/images/requirements.py infra/images/locked.py /tmp/images/
+RUN python /tmp/images/requirements.py kubernetes ray server > /tmp/images/wanted.txt \
+    && pip install -q --dry-run --report /tmp/images/report.json -c constraints.txt -r /tmp/images/wanted.txt \
+    && python /tmp/images/locked.py /tmp/images/report.json > /tmp/images/locked.txt \
+    && pip install --no-deps --require-hashes -r /tmp/images/locked.txt \
+    && rm -r /tmp/images
 COPY conf conf
 COPY flows flows
 COPY stages stages

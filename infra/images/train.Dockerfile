@@ -15,14 +15,17 @@ ENV PATH=/opt/venv/bin:$PATH
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 WORKDIR /opt/cuvee
-COPY pyproject.toml constraints.txt README.md ./
-COPY infra/images/requirements.py /tmp/requirements.py
-# The base's torch and Transformer Engine satisfy what is asked for; the build fails if anything replaced them.
-RUN pip list --format=freeze | grep -iE '^(torch|triton|transformer.engine)' > /tmp/base.txt \
-    && python /tmp/requirements.py > /tmp/requirements.txt \
-    && pip install -c constraints.txt -c /tmp/base.txt -r /tmp/requirements.txt \
+COPY pyproject.toml constraints.txt requirements.lock README.md ./
+COPY infra/images/requirements.py infra/images/locked.py /tmp/images/
+# The base's torch and Transformer Engine satisfy what is asked for; the build fails if anything would replace them.
+RUN pip list --format=freeze | grep -iE '^(torch|triton|transformer.engine)' > /tmp/images/base.txt \
+    && python /tmp/images/requirements.py > /tmp/images/wanted.txt \
+    && pip install -q --dry-run --report /tmp/images/report.json \
+        -c constraints.txt -c /tmp/images/base.txt -r /tmp/images/wanted.txt \
+    && python /tmp/images/locked.py /tmp/images/report.json > /tmp/images/locked.txt \
+    && pip install --no-deps --require-hashes -r /tmp/images/locked.txt \
     && test ! -e /opt/venv/lib/python3.12/site-packages/torch \
-    && rm /tmp/requirements.* /tmp/base.txt
+    && rm -r /tmp/images
 COPY conf conf
 COPY flows flows
 COPY stages stages

@@ -1,5 +1,6 @@
 """infra/images: linted, pinned, without root, and all that they copy is in the build's context."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -37,7 +38,9 @@ def test_an_image_is_pinned_and_not_run_by_root(path):
     last = max(at for at, (word, _) in enumerate(found) if word == "USER")
     assert not any(word in ("RUN", "COPY", "ADD") for word, _ in found[last:])
     installs = [part for word, rest in found if word == "RUN" for part in rest.split("&&") if "pip install" in part]
-    assert installs and all("-c constraints.txt" in part or "--no-deps" in part for part in installs)
+    assert len(installs) >= 3  # what would be installed, what is locked of it, Cuvee itself
+    assert all(("--dry-run" in part and "-c constraints.txt" in part) or "--no-deps" in part for part in installs)
+    assert any("--require-hashes" in part for part in installs)
     assert not re.search(r"(PASSWORD|SECRET|TOKEN|KEY)\s*=", path.read_text())
 
 
@@ -51,6 +54,22 @@ def test_the_context_holds_what_is_copied(path):
             for source in rest.split()[:-1]:
                 assert source in kept and (ROOT / source).exists(), source
     assert not any(fnmatch(name, "*.env") or name.startswith((".", "tests")) for name in kept)
+
+
+def test_what_is_installed_is_locked(tmp_path):
+    def printed(*wanted):
+        report = {"install": [{"metadata": {"name": name, "version": version}} for name, version in wanted]}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        return subprocess.run([sys.executable, "infra/images/locked.py", str(tmp_path / "report.json")], cwd=ROOT,
+                              capture_output=True, text=True)  # fmt: skip
+
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    out = printed(("Jinja2", pins["Jinja2"]), ("typing_extensions", pins["typing_extensions"]))
+    names = re.findall(r"^(\S+)==\S+ \\$", out.stdout, re.M)
+    assert names == ["jinja2", "typing-extensions"] and out.stdout.count("--hash=sha256:") >= 4
+    for name, version in (("Jinja2", "0.1"), ("unheard-of", "1.0")):
+        out = printed((name, version))
+        assert out.returncode == 1 and f"{name}=={version} is not in requirements.lock" in out.stderr and not out.stdout
 
 
 def test_an_image_finds_its_extras_and_its_torch():
