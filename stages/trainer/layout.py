@@ -148,8 +148,8 @@ def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0
 
     longest: tokens of the longest sequence, by default config's. reference: a frozen reference model stands beside.
     Bytes a parameter: FP32 4 (weight) + 4 (gradient) + 8 (Adam); otherwise 2 + 4 + 12, as main weights are FP32, and 2
-    more for FP8's copies. The distributed optimizer shares the last, FSDP all of it, among the ranks with the same
-    weights; FSDP gathers two layers and the embedding.
+    more for FP8's copies; an anchor has 4 more beside Adam's. The distributed optimizer shares the last, FSDP all of it,
+    among the ranks with the same weights; FSDP gathers two layers and the embedding.
     """
     half = config.precision_at(0) != "fp32"
     fp8 = any(name.startswith("fp8") for name in (config.precision, *(n for n, _ in config.precision_phases)))
@@ -160,9 +160,11 @@ def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0
     layer /= sizes.num_layers * tensor
     held = layer * sizes.num_layers / pipeline + embedding * (2 if pipeline == 1 and not sizes.tie_embeddings else 1)
     weights, gradients, optimizer = (2 * held, 4 * held, 12 * held) if half else (4 * held, 4 * held, 8 * held)
+    anchor = 4 * held if config.anchor else 0
+    optimizer += anchor
     if config.fsdp:
         gathered = (2 if half else 4) * (embedding + 2 * layer)
-        weights, gradients, optimizer = 4 * held / replicas + gathered, 4 * held / replicas, 8 * held / replicas
+        weights, gradients, optimizer = 4 * held / replicas + gathered, 4 * held / replicas, (8 * held + anchor) / replicas
     elif config.distributed_optimizer:
         optimizer /= replicas
     if fp8:  # each rank keeps them of the whole layers, with FSDP too

@@ -307,6 +307,16 @@ def test_the_anchor_pulls_back_to_the_parent_and_resumes_bit_for_bit(start, tmp_
         assert (tmp_path / name / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+def test_the_plan_counts_the_anchor():
+    from stages.trainer.config import TrainConfig
+    from stages.trainer.layout import memory
+    from tests.resume.trainer_run import SIZES
+
+    for values in ({}, {"fsdp": True}, {"distributed_optimizer": True}):
+        free, held = (memory(TrainConfig(**values, anchor=anchor), SIZES, 2) for anchor in (0.0, 1.0))
+        assert held.optimizer == free.optimizer * 12 / 8 and held.weights == free.weights
+
+
 def test_the_anchor_is_the_published_step():
     """Without gradient and momentum a step only goes back: w + lr * anchor * (w0 - w), norms included."""
     from stages.objectives import ce
