@@ -32,7 +32,7 @@ def scores(store: Any, nodes: list[Any]) -> dict[str, dict[str, float]]:
     """Model -> domain -> mean score in per cent."""
     rows = {}
     for node in nodes:
-        if node.kind.value == "scores":
+        if node.kind.value == "scores" and node.name.startswith("scores-"):
             found = json.loads((store.fetch(node.fingerprint) / "scores.json").read_text())["domains"]
             rows[node.name.removeprefix("scores-")] = {domain: 100 * one["mean"] for domain, one in found.items()}
     return rows

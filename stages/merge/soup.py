@@ -11,7 +11,11 @@ from typing import Any
 from stages.stage import ConfigError, Context, Estimate, Input, Kind, option, parse, resolve, unknown
 
 VERSION = "1"
-INPUTS = {"models": Input(Kind.CHECKPOINT, many=True), "base": Input(Kind.CHECKPOINT, optional=True)}
+INPUTS = {
+    "models": Input(Kind.CHECKPOINT, many=True),
+    "base": Input(Kind.CHECKPOINT, optional=True),
+    "scores": Input(Kind.SCORES, many=True, optional=True),
+}
 OUTPUT = Kind.CHECKPOINT
 METHODS = "merge/methods"
 
@@ -21,17 +25,22 @@ class Config:
     method: str = option("linear", "how the tensors are combined", METHODS)
     weights: dict[str, float] = option({}, "weight of each model by its input name; a model left out weighs 1")
     options: dict[str, float] = option({}, "the method's own fields, e.g. {density: 0.3} for ties")
+    top: int = option(0, "with input `scores`: how many of the models are merged, those that score best; 0 = all")
     seed: int = option(0, "seed of methods that draw")
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     """Raises ConfigError for weights or options that the method or the inputs do not know."""
     method, models = resolve(METHODS, config.method), list(inputs["models"])
+    if config.top and set(inputs.get("scores", {})) != set(models):
+        raise ConfigError(f"top: {config.top} chooses by scores; give the input `scores` for each of {', '.join(models)}")
+    if not 0 <= config.top <= len(models):
+        raise ConfigError(f"top: {config.top} of {len(models)} models; give 0 for all, or 1 to {len(models)}")
     for name in config.weights:
         if name not in models:
             raise ConfigError(f"weights: {unknown(name, models)}")
-    least, most = method.MODELS
-    if not least <= len(models) <= (most or len(models)):
+    (least, most), count = method.MODELS, config.top or len(models)
+    if not least <= count <= (most or count):
         wanted = f"exactly {least}" if least == most else f"at least {least}"
         raise ConfigError(f"method: {config.method} merges {wanted} models, found {len(models)} ({', '.join(models)})")
     if method.NEEDS_BASE and "base" not in inputs:
@@ -70,6 +79,9 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
     check(config, inputs)
     names = sorted(inputs["models"])  # a fixed order of sums: the recipe's order of experts is no part of the address
+    if config.top:
+        names = best(inputs["scores"], config.top)
+        ctx.log(f"the best {config.top} of {', '.join(sorted(inputs['models']))}: {', '.join(names)}")
     models = {name: Checkpoint(inputs["models"][name].path) for name in names}
     base = Checkpoint(inputs["base"].path) if "base" in inputs else None
     require_same(models | ({"base": base} if base else {}))
@@ -84,6 +96,12 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         save_file(merged, out / file, metadata={"format": "pt"})
         ctx.log(f"{config.method}: {len(merged)} tensors of {len(names)} models -> {file}")
     return {"models": len(names), "parameters": geometry.parameters, **geometry.metrics()}
+
+
+def best(scores: dict[str, Any], count: int) -> list[str]:
+    """Names of the `count` models with the highest mean score over their domains, in alphabetical order."""
+    means = {name: one.record["metrics"]["score"] for name, one in scores.items()}
+    return sorted(sorted(means, key=lambda name: (-means[name], name))[:count])
 
 
 def _merge(config: Config, keys: list[str], models: dict, base: Any, geometry: "Geometry") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,9 @@ def figure(judged: dict[str, Any]) -> Markup:
     """Panels side by side: reliability, margins and, where the model was probed, best of n. judged: `judged.json`."""
     panels = [_reliability(judged["reliability"]), _margins(judged["margins"])]
     panels += [_optimised(judged["optimised"])] if judged.get("optimised") else []
-    placed = [el("g", *content, transform=f"translate({LEFT + i * (WIDE + GAP):.1f} 0)") for i, content in enumerate(panels)]
+    placed = [
+        el("g", *content, transform=f"translate({LEFT + i * (WIDE + GAP):.1f} 0)") for i, content in enumerate(panels)
+    ]
     width = LEFT + len(panels) * (WIDE + GAP)
     return svg(width, TOP + HIGH + 40, "The reward model on pairs it was not trained on", *placed)
 
@@ -53,7 +55,9 @@ def _margins(margins: dict[str, list[float]]) -> list[Markup]:
         tall = HIGH * count / most
         bar = {"x": i * step + 1, "y": TOP + HIGH - tall, "width": step - 2, "height": tall}
         tone = "merge" if edges[i] >= 0 else "rollout"
-        content.append(el("rect", el("title", f"{edges[i]:g} to {edges[i + 1]:g}: {count} pairs"), **bar, class_=f"bar {tone}"))
+        content.append(
+            el("rect", el("title", f"{edges[i]:g} to {edges[i + 1]:g}: {count} pairs"), **bar, class_=f"bar {tone}")
+        )
     for edge in (edges[0], 0.0, edges[-1]):
         x = WIDE * (edge - edges[0]) / (edges[-1] - edges[0])
         content.append(text(x, TOP + HIGH + 16, f"{edge:+g}".replace("-", "−") if edge else "0", "tick", "middle"))
@@ -66,10 +70,17 @@ def _optimised(rows: list[dict[str, float]]) -> list[Markup]:
     for name, curve, mark in (("gold", "chain", "node"), ("proxy", "series s1", "mark s1")):
         values = [one[name] for one in rows]
         low, extent = min(values), (max(values) - min(values)) or 1.0
-        points = [(WIDE * one["kl"] / longest, TOP + 8 + (HIGH - 16) * (1 - (one[name] - low) / extent)) for one in rows]
+        points = [
+            (WIDE * one["kl"] / longest, TOP + 8 + (HIGH - 16) * (1 - (one[name] - low) / extent)) for one in rows
+        ]
         content.append(path(points, curve))
-        content += [dot(x, y, 3, mark, f"best of {one['n']}: {name} {one[name]:.3f}") for (x, y), one in zip(points, rows, strict=True)]
-        content.append(text(points[-1][0] + 6, points[-1][1] + (4 if name == "gold" else -8), f"{name} {values[-1]:.2f}", "tick"))
+        content += [
+            dot(x, y, 3, mark, f"best of {one['n']}: {name} {one[name]:.3f}")
+            for (x, y), one in zip(points, rows, strict=True)
+        ]
+        content.append(
+            text(points[-1][0] + 6, points[-1][1] + (4 if name == "gold" else -8), f"{name} {values[-1]:.2f}", "tick")
+        )
     for one in rows:
         content.append(text(WIDE * one["kl"] / longest, TOP + HIGH + 16, str(one["n"]), "tick", "middle"))
     return content
@@ -83,5 +94,9 @@ def say(judged: dict[str, Any]) -> str:
     if rows := judged.get("optimised"):
         best = max(rows, key=lambda one: one["gold"])
         found += f" The best of {rows[-1]['n']} by its score has a verified reward of {rows[-1]['gold']:.2f}, a single completion {rows[0]['gold']:.2f}"
-        found += "." if best is rows[-1] else f"; beyond {best['n']} completions it is over-optimised (there {best['gold']:.2f})."
+        found += (
+            "."
+            if best is rows[-1]
+            else f"; beyond {best['n']} completions it is over-optimised (there {best['gold']:.2f})."
+        )
     return found

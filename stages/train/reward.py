@@ -66,7 +66,9 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         if not isinstance(one, list) or len(one) != 2 or not 0 <= one[1] <= 1:
             raise ConfigError(f"strengths: {one!r} is not [reward gap, label from 0 to 1], e.g. [1.0, 0.999]")
     if config.agree and not (config.strengths and "ensemble" in inputs):
-        raise ConfigError("agree: compares rewards with an ensemble; give the input `ensemble`, and strengths to label by")
+        raise ConfigError(
+            "agree: compares rewards with an ensemble; give the input `ensemble`, and strengths to label by"
+        )
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:

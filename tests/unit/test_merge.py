@@ -180,3 +180,19 @@ def test_refuses_models_that_do_not_belong_together(folders, tmp_path):
 def test_check_refuses_what_no_merge_could_honour(folders, config, models, base, sentence):
     with pytest.raises(ConfigError, match=sentence):
         soup.check(soup.Config(**config), inputs(folders, *models, base=base))
+
+
+def test_only_the_best_models_are_merged(tmp_path):
+    from stages.merge.soup import best
+
+    scores = {
+        s: tiny.artifact(tmp_path, Kind.SCORES, metrics={"score": score})
+        for s, score in zip("abc", (0.2, 0.9, 0.5), strict=True)
+    }
+    assert best(scores, 2) == ["b", "c"] and best(scores, 1) == ["b"]
+    models = dict.fromkeys("abc")
+    with pytest.raises(ConfigError, match="top: 2 chooses by scores; give the input `scores` for each of a, b, c"):
+        soup.check(soup.Config(top=2), {"models": models})
+    with pytest.raises(ConfigError, match="top: 4 of 3 models"):
+        soup.check(soup.Config(top=4), {"models": models, "scores": scores})
+    soup.check(soup.Config(method="slerp", top=2), {"models": models, "scores": scores, "base": None})

@@ -36,7 +36,9 @@ def test_quality_of_known_margins():
     """Four pairs with confidence 0.75, one of them wrong, and a sure one: calibrated but for the last."""
     at = math.log(3)  # sigmoid(log 3) = 0.75
     found = quality(["a", "a", "a", "b", "b"], [at, at, at, -at, 20.0])
-    assert found["accuracy"] == 0.8 and found["domains"] == {"a": 1.0, "b": 0.5} and sum(found["margins"]["counts"]) == 5
+    assert (
+        found["accuracy"] == 0.8 and found["domains"] == {"a": 1.0, "b": 0.5} and sum(found["margins"]["counts"]) == 5
+    )
     assert [(one["n"], one["accuracy"]) for one in found["reliability"]] == [(4, 0.75), (1, 1.0)]
     assert found["ece"] == pytest.approx(0.0, abs=1e-6)
     wrong = quality(["a"] * 2, [4.0, -4.0])  # sure, and as often wrong as right
@@ -134,7 +136,9 @@ def test_what_cannot_be_trained_is_refused(values, inputs, message):
 def test_two_stages_with_an_ensemble_and_a_probe(start, tmp_path):
     """Members learn from few pairs; the first stage sees no rewards but their labels, the second the best pairs."""
     torch.set_num_threads(1)
-    best, many, probe = (samples(tmp_path / n, c, s) for n, c, s in (("best", 40, 0), ("many", 60, 1), ("probe", 12, 2)))
+    best, many, probe = (
+        samples(tmp_path / n, c, s) for n, c, s in (("best", 40, 0), ("many", 60, 1), ("probe", 12, 2))
+    )
     common = {"schedule": "constant", "weight_decay": 0.0, "beta2": 0.99, "log_every": 1000, "steps": 60,
               "batch_groups": 4, "lr": 0.01, "pairs_per_prompt": 3, "heldout": 0.2}  # fmt: skip
 
@@ -166,7 +170,11 @@ def test_a_ranker_learns_margins_from_elo(start, tmp_path):
     found = rows(60, 3)
     for row in found:
         noisy = [random.Random(f"{row['id']}{i}").gauss(0, 0.3) for i in range(4)]
-        row["parts"] = {"a": row["rewards"], "b": [r + n for r, n in zip(row["rewards"], noisy, strict=True)], "c": [0.0] * 4}
+        row["parts"] = {
+            "a": row["rewards"],
+            "b": [r + n for r, n in zip(row["rewards"], noisy, strict=True)],
+            "c": [0.0] * 4,
+        }
         row["rewards"] = [0.0] * 4
     jsonl(tmp_path / "samples.jsonl", found)
     values = config(
