@@ -28,6 +28,7 @@ class CompletionRequest(BaseModel):
     logprobs: int | None = Field(None, ge=0, le=1)
     echo: bool = False
     stop_token_ids: list[int] = []
+    logit_bias: dict[int, Literal[-100]] = {}
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -50,6 +51,8 @@ def add(api: FastAPI, engine: Any, name: str) -> None:
         if not ids or len(ids) + request.max_tokens > longest or not all(0 <= i < engine.model.config.vocab_size for i in ids):
             raise CuveeError(f"prompt: {len(ids)} tokens and max_tokens {request.max_tokens}; the model reads {longest} of "
                              f"at least 1, with ids from 0 to {rows - 1}")  # fmt: skip
+        if any(token < rows for token in request.logit_bias):
+            raise CuveeError(f"logit_bias: tokens below {rows} can't be forbidden; those without text never come")
         if request.echo != (request.max_tokens == 0):
             raise CuveeError("echo: a prompt's log-probabilities are given with echo true and max_tokens 0, not otherwise")
         with lock:

@@ -195,11 +195,11 @@ def _lines(facts: Facts, domain: str) -> list[Model]:
 
 
 def curves(records: list[dict[str, Any]]) -> Markup:
-    """A panel for each training stage: the loss by step; below, mean reward and accuracy where a stage logs them."""
+    """A panel for each training stage: the loss by step; below, what a stage of preferences or rewards logs too."""
     columns, gap, high, plot = 5, 24.0, 112.0, 58.0
     wide = (WIDTH - gap * (columns - 1)) / columns
     panels: list[tuple[int, str, str, list]] = []  # place in the grid; what should rise begins a row of its own
-    for keys in (("loss",), ("reward", "accuracy")):
+    for keys in (("loss",), ("reward", "accuracy"), ("kl",), ("entropy",), ("kl_sampler",)):
         start = -(-(panels[-1][0] + 1) // columns) * columns if panels else 0
         found = [
             (r["name"], key, r["series"][key]) for r in records for key in keys if len(r["series"].get(key, [])) > 1
@@ -212,7 +212,7 @@ def curves(records: list[dict[str, Any]]) -> Markup:
         bottom, extent = (bottom, extent) if extent else (bottom - 0.5, 1.0)
         first, length = steps[0], (steps[-1] - steps[0]) or 1
         line_points = [(wide * (s - first) / length, 34 + plot * (1 - (v - bottom) / extent)) for s, v in points]
-        tone = "falling" if key == "loss" else "rising"
+        tone = "rising" if key in ("reward", "accuracy") else "falling"
         content.append(el(
             "g", text(0, 12, name, "panel-title"), text(0, 27, key, f"tick {tone}"),
             text(wide, 27, f"{_number(values[0])} → {_number(values[-1])}", "tick", "end"),

@@ -39,6 +39,8 @@ class SampleConfig:
             )
         if self.rewards.get("reward_model") and "reward" not in inputs:
             raise ConfigError("rewards: reward_model has a weight, but the stage has no input `reward`; give it one")
+        if self.engine_options or self.engine != "transformers":  # which needs no check, and takes torch to import
+            resolve("rollout/engines", self.engine).check_options(self.engine_options)
         if self.completions + self.with_answer < 1 or self.max_new_tokens < 1:
             raise ConfigError(
                 f"completions: {self.completions} of {self.max_new_tokens} tokens sample nothing; give at least 1 of each"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +31,8 @@ class Rollouts:
 
     A block's rollouts are a function of the configuration and of the weights at one step, and lie in the scratch folder
     before a checkpoint of that step or a later one can: whatever a run resumes from finds the very same ones, and there
-    is no buffer, generator or engine to save.
+    is no buffer, generator or engine to save. Off-policy a server (whose samples no seed repeats exactly) writes the next
+    block during the training of this one; a run that was killed meanwhile samples it on-policy.
     """
 
     def __init__(self, config: Any, inputs: dict[str, Any], ctx: Context, module: Any):
@@ -50,6 +53,8 @@ class Rollouts:
         self.sampler: Sampler | None = None
         self.current, self.groups, self.version = -1, [], 0
         self.clock = Clock()
+        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self.ahead: tuple[int, int, float, Future | None] | None = None  # arguments of _keep, and what it waits for
 
     def files(self) -> list[Path]:
         return [self._file(i) for i in range(self.config.block(self.config.steps - 1)[0] + 1)]
@@ -78,6 +83,7 @@ class Rollouts:
 
     def _make(self, number: int, step: int, trainer: Any) -> None:
         """Sample with the weights of now what there is not yet of a block and, off-policy, of the one after it."""
+        self._await()
         last = min(number + self.config.off_policy, len(self.files()) - 1)
         missing = [i for i in range(number, last + 1) if not on_first(self._file(i).exists)]
         if not missing:
@@ -86,7 +92,12 @@ class Rollouts:
             self._tell(step, shares)
         gap = self._sync(number, trainer)
         for block in missing:
-            self._sample(block, step, gap)
+            if self.engines.REMOTE and block > number:  # while this block is trained on
+                first = dist.get_rank() == 0
+                self.ahead = (block, step, gap, self._thread.submit(self._ask, block) if first else None)
+                continue
+            for name, seconds in self._keep(block, step, gap, partial(self._ask, block)).items():
+                self.clock.spent[name] += seconds
 
     def _sync(self, number: int, trainer: Any) -> float:
         """Bring the policy's weights to the engine and probe that both give the same log-probabilities (nats)."""
@@ -107,33 +118,37 @@ class Rollouts:
         engine, half = self.sampler.engine, config.precision_at(0) != "fp32"
         return self.engines.parity(engine, policy, probes, max(engine.threshold, HALF_THRESHOLD if half else 0.0))
 
-    def _sample(self, number: int, version: int, gap: float) -> None:
-        """Write the block's rollouts; each process samples its share of the prompts."""
-        config, prompts, sampled = self.config, self._prompts_of(number), self.sampler is not None
-        before = dict(self.sampler.seconds) if sampled else {}
+    def _ask(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """(rows, seconds spent) of this process's share of a block's prompts."""
+        prompts, before = self._prompts_of(number), dict(self.sampler.seconds)
         ranks = 1 if self.engines.REMOTE else dist.get_world_size()
-        ends = [len(prompts) * i // ranks for i in range(ranks + 1)]
-        rank = min(dist.get_rank(), ranks - 1)
-        seed = config.seed * 1_000_003 + number * config.rollout_every
-        mine = slice(ends[rank], ends[rank + 1])
-        parts = self._everywhere(
-            lambda: self.sampler(prompts[mine], seed, (mine.start, len(prompts))) if prompts[mine] else []
-        )
-        rows = [{"version": version, **row} for part in parts for row in part]  # optimizer steps of what sampled them
+        first, end = (len(prompts) * (dist.get_rank() + i) // ranks for i in (0, 1))
+        seed = self.config.seed * 1_000_003 + number * self.config.rollout_every
+        rows = self.sampler(prompts[first:end], seed, (first, len(prompts))) if first < end else []
+        return rows, {name: seconds - before[name] for name, seconds in self.sampler.seconds.items()}
+
+    def _keep(self, number: int, version: int, gap: float, ask: Callable[[], Any]) -> dict[str, float]:
+        """Write the block's rollouts, sampled by the policy of step `version`; the seconds that the slowest needed."""
+        parts = self._everywhere(ask)
+        rows = [{"version": version, **row} for rows, _ in parts for row in rows]
         on_first(lambda: write_jsonl(self._file(number), rows))
-        if not sampled:
-            return
-        spent = {name: seconds - before[name] for name, seconds in self.sampler.seconds.items()}
-        for name, seconds in spent.items():
-            self.clock.spent[name] += seconds
-        found = statistics(rows, config.completions)
-        tokens = sum(len(t) for row in rows for t in row["tokens"][: config.completions])
-        speed = tokens / max(spent["generating"], 1e-9)
-        values = {f"rollout/{k}": v for k, v in found.items()}
-        self._tell(version, {**values, "rollout/parity": gap, "rollout/tokens_per_second": speed})
+        spent = {name: max(seconds[name] for _, seconds in parts) for name in parts[0][1]}
+        found = statistics(rows, self.config.completions)
+        tokens = sum(len(t) for row in rows for t in row["tokens"][: self.config.completions])
+        step, speed = number * self.config.rollout_every, tokens / max(spent["generating"], 1e-9)
+        values = {f"rollout/{name}": value for name, value in found.items()}
+        self._tell(step, {**values, "rollout/parity": gap, "rollout/tokens_per_second": speed})
         if dist.get_rank() == 0:
-            self.ctx.log(f"step {version}: {tokens} tokens of {len(prompts)} prompts in {spent['generating']:.1f} s, "
+            self.ctx.log(f"step {step}: {tokens} tokens of {len(rows)} prompts in {spent['generating']:.1f} s, "
                          f"reward {found['reward']:.3f}")  # fmt: skip
+        return spent
+
+    def _await(self) -> None:
+        """Keep the block that a server has written while the one before was trained on, if there is one."""
+        if self.ahead is not None:
+            with self.clock.measure("generating"):
+                (*block, future), self.ahead = self.ahead, None
+                self._keep(*block, future and future.result)
 
     def _everywhere(self, make: Callable[[], Any]) -> list[Any]:
         """What `make` gives on each process that samples (the first alone where the engine is a server), on all of them;

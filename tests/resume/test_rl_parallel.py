@@ -18,7 +18,7 @@ VALUES = {
 }  # fmt: skip
 
 
-def rank_main(rank: int, world: int, port: int, root: Path, start: Path, prompts: Path) -> None:
+def rank_main(rank: int, world: int, port: int, root: Path, start: Path, prompts: Path, changes: dict) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -31,17 +31,17 @@ def rank_main(rank: int, world: int, port: int, root: Path, start: Path, prompts
     stage = load("train.rl")
     inputs = {"init": artifact(start, Kind.CHECKPOINT), "prompts": {"math": artifact(prompts, Kind.PROMPTS)}}
     try:
-        metrics = stage.run(parse(stage.Config, VALUES, "rl"), inputs, root / "out", Context(root / "scratch"))
+        metrics = stage.run(parse(stage.Config, VALUES | changes, "rl"), inputs, root / "out", Context(root / "scratch"))
         (root / "out/metrics.json").write_text(json.dumps(metrics))
     finally:
         (root / f"asked-{rank}.json").write_text(json.dumps(asked))
 
 
-def launch(world: int, root: Path, *paths: Path) -> Path:
+def launch(world: int, root: Path, *paths: Path, **changes) -> Path:
     for name in ("out", "scratch"):
         (root / name).mkdir(parents=True)
     free = port()
-    ranks = [FORKS.Process(target=rank_main, args=(r, world, free, root, *paths)) for r in range(world)]
+    ranks = [FORKS.Process(target=rank_main, args=(r, world, free, root, *paths, changes)) for r in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -50,14 +50,20 @@ def launch(world: int, root: Path, *paths: Path) -> Path:
     return root
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("inputs")
     start = tmp_path / "start"
     checkpoint(start)
     rows = [{"id": f"n{i}", "domain": "math", "messages": [{"role": "user", "content": f"Pick {i}"}],
              "answer": str(i % 10), "check": {"number": 7}} for i in range(24)]  # fmt: skip
     jsonl(tmp_path / "prompts/train.jsonl", rows)
     jsonl(tmp_path / "prompts/heldout.jsonl", rows[:4])
-    one, two = (launch(n, tmp_path / str(n), start, tmp_path / "prompts") for n in (1, 2))
+    return start, tmp_path / "prompts"
+
+
+def test_two_processes_equal_one(tmp_path, inputs):
+    one, two = (launch(n, tmp_path / str(n), *inputs) for n in (1, 2))
     assert losses(two) == pytest.approx(losses(one), abs=1e-5) and len(losses(one)) == 3
     sampled = [[json.loads(line) for line in (r / "out/rollouts.jsonl").read_text().splitlines()] for r in (one, two)]
     assert [row["tokens"] for row in sampled[0]] == [row["tokens"] for row in sampled[1]]
@@ -65,3 +71,26 @@ def test_two_processes_equal_one(tmp_path):
     assert asked == [[6, 3], [6, 3]] or asked == [[6, 6], [6, 6]]
     found, expected = (json.loads((r / "out/metrics.json").read_text()) for r in (two, one))
     assert found["reward_last"] == pytest.approx(expected["reward_last"])
+
+
+def test_one_process_asks_a_server_for_both(tmp_path, inputs):
+    import threading
+
+    import uvicorn
+
+    from flows.serve import app
+
+    config = uvicorn.Config(app(inputs[0], "tiny", rollouts=True), host="127.0.0.1", port=port(), log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        options = {"url": f"http://127.0.0.1:{config.port}/v1", "tolerance": 1e-3}
+        root = launch(2, tmp_path / "2", *inputs, engine="openai", engine_options=options)
+    finally:
+        server.should_exit = True
+        thread.join()
+    asked = [json.loads((root / f"asked-{rank}.json").read_text()) for rank in range(2)]
+    assert asked == [[12, 12], []] and len(losses(root)) == 3
+    rows = [json.loads(line) for line in (root / "out/rollouts.jsonl").read_text().splitlines()]
+    assert [row["version"] for row in rows] == [0] * 12 + [2] * 12

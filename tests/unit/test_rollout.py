@@ -63,6 +63,16 @@ def test_greedy_equals_generate(engine, prompts):
         assert completion.ids == expected[0, len(prompt) :].tolist()
 
 
+def test_half_precision_samples_with_its_own_log_probabilities(engine, prompts, tmp_path):
+    half = engines.Engine(save_checkpoint(tmp_path / "m", std=0.1), context(tmp_path / "s"))
+    half.model.bfloat16()
+    half.fixed_shapes = engine.fixed_shapes
+    found = half.generate(prompts, n=2, max_new_tokens=12, temperature=1.0, seed=1, stop=[STOP])
+    for prompt, completions in zip(prompts, found, strict=True):
+        for c in completions:
+            assert c.logprobs == pytest.approx(full_forward(half, prompt, c).tolist(), abs=0.05)
+
+
 def test_stops_at_a_stop_token_and_leaves_it_out_of_the_text(engine, prompts):
     """Half the vocabulary stops: rows end at different steps and leave the batch."""
     stop = list(range(0, 276, 4))

@@ -60,7 +60,7 @@ def vllm(folder, tmp_path_factory):
     program, port = os.environ.get("CUVEE_VLLM"), free_port()
     if not program:
         pytest.skip("CUVEE_VLLM names no vllm program")
-    log = open(tmp_path_factory.mktemp("vllm") / "log.txt", "w+")  # noqa: SIM115
+    log = open(tmp_path_factory.mktemp("vllm") / "log.txt", "w+")
     command = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny",
                "--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8",
                "--hf-overrides", '{"sliding_window": 7}']  # fmt: skip  # its CPU build sees one token more than the window
@@ -159,6 +159,29 @@ def test_trains_online(options, folder, tmp_path):
     finally:
         openai.Engine(folder, context(tmp_path / "again"), options=options)
     assert abs(metrics["kl_sampler"]) < 1e-4 and 0 < metrics["share/generating"] < 1
+
+
+def test_off_policy_a_server_writes_the_next_rollout_meanwhile(cuvee, folder, tmp_path, monkeypatch):
+    import json
+
+    from stages.trainer.trainer import Trainer
+
+    prompts = {"math": number_prompts(tmp_path / "prompts", 10)}
+    values = {**RL, "steps": 4, "off_policy": True, "engine": "openai", "engine_options": cuvee,
+              "rewards": {"length": 1.0, "overlong": 1.0}}  # fmt: skip
+    moments, post, step = [], openai.Engine._post, Trainer.step
+    monkeypatch.setattr(openai.Engine, "_post", lambda self, url, body: (
+        moments.append(url.rpartition("/")[2]) if body.get("max_tokens") != 0 else None) or post(self, url, body))  # fmt: skip
+    monkeypatch.setattr(Trainer, "step", lambda *arguments: moments.append("trained") or step(*arguments))
+    try:
+        run("train.rl", values, tmp_path / "out", init=artifact(folder, Kind.CHECKPOINT), prompts=prompts)
+    finally:
+        openai.Engine(folder, context(tmp_path / "again"), options=cuvee)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert [(r["block"], r["version"]) for r in rows[::8]] == [(0, 0), (1, 0), (2, 1), (3, 2)]
+    syncs = [i for i, moment in enumerate(moments) if moment == "update_weights_from_disk"]
+    assert all(moments[a:b].count("completions") >= 8 and "trained" in moments[a:b]
+               for a, b in zip(syncs[:3], syncs[1:3], strict=False))  # fmt: skip
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from stages.stage import CuveeError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -54,6 +56,8 @@ def parity(engine: Any, trainer: Any, sequences: list[list[int]], threshold: flo
 def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
     """Largest difference in each tensor group (a layer's attention, its MLP, a norm, the embedding) that has one; `theirs`
     rounded as `ours` are."""
+    import torch
+
     groups: dict[str, float] = {}
     for name, tensor in theirs.items():
         mine = ours[name]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 EVERY = 8  # steps between looks at which rows have ended; a look makes the GPU wait for the host
 REFILL = (
@@ -39,8 +39,8 @@ def _grouped(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_m
     return out.reshape(rows, 1, heads, value.shape[3]), None
 
 
-AttentionInterface.register(ATTENTION, _grouped)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _grouped)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 class Slots:

@@ -15,19 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers import AutoTokenizer
 
 from stages.rollout.engines._engine import Completion, parity
 from stages.stage import ConfigError, Context, CuveeError, parse, placement
 
+if TYPE_CHECKING:
+    import torch
+
 REMOTE = True  # one process asks for all
 VOUCHED = 4  # sequences by which a server that takes no weights is compared with this CPU
 SYNCS = ("disk", "vllm", "none")
-__all__ = ["Completion", "Engine", "Options", "parity"]
+__all__ = ["Completion", "Engine", "Options", "check_options", "parity"]
 
 
 @dataclass
@@ -42,6 +43,15 @@ class Options:
     timeout: float = placement(1800.0, "seconds that a request may take")
 
 
+def check_options(values: dict[str, Any]) -> Options:
+    """Raises ConfigError for options that no server could have."""
+    own = parse(Options, values, "engine_options")
+    if not own.url.startswith(("http://", "https://")) or own.sync not in SYNCS:
+        raise ConfigError(f"engine_options: url is {own.url!r}, sync {own.sync!r}; give an address such as "
+                          f"http://127.0.0.1:8000/v1, and one of {', '.join(SYNCS)}")  # fmt: skip
+    return own
+
+
 class Engine:
     """The server as an engine. `path`: the CHECKPOINT folder of its tokenizer, and of its weights without a `state`."""
 
@@ -49,11 +59,9 @@ class Engine:
         self, path: Path, ctx: Context, state: dict[str, torch.Tensor] | None = None, options: dict[str, Any] | None = None
     ):  # fmt: skip
         import httpx
+        from transformers import AutoConfig, AutoTokenizer
 
-        self.options = own = parse(Options, options or {}, "engine_options")
-        if not own.url.startswith(("http://", "https://")) or own.sync not in SYNCS:
-            raise ConfigError(f"engine_options: url is {own.url!r}, sync {own.sync!r}; give an address such as "
-                              f"http://127.0.0.1:8000/v1, and one of {', '.join(SYNCS)}")  # fmt: skip
+        self.options = own = check_options(options or {})
         if own.key and own.key not in os.environ:
             raise ConfigError(f"engine_options.key: the environment has no variable {own.key}; set it to the server's key")
         headers = {"Authorization": f"Bearer {os.environ[own.key]}"} if own.key else {}
@@ -61,6 +69,8 @@ class Engine:
         self.client = httpx.Client(headers=headers, timeout=own.timeout, limits=limits)
         self.threshold, self.path, self.written = own.tolerance, path, ctx.scratch / "engine"
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+        rows = range(len(self.tokenizer), AutoConfig.from_pretrained(path).vocab_size)
+        self.never = {"logit_bias": {str(row): -100 for row in rows}} if rows else {}  # tokens without text
         if state is not None:
             self.sync_weights(state, first=True)
         elif own.sync != "none":
@@ -110,7 +120,7 @@ class Engine:
         def ask(i: int) -> list[Completion]:
             own = int.from_bytes(sha256(f"{seed}:{first + i}".encode()).digest()[:4]) >> 1
             choices = self._complete(prompts[i], n=n, max_tokens=max_new_tokens, temperature=temperature, seed=own,
-                                     stop_token_ids=stop, skip_special_tokens=False)  # fmt: skip
+                                     stop_token_ids=stop, skip_special_tokens=False, **self.never)  # fmt: skip
             return [self._completion(choice, stop) for choice in sorted(choices, key=lambda c: c["index"])]
 
         with ThreadPoolExecutor(self.options.concurrency) as pool:

@@ -31,7 +31,12 @@ THRESHOLD = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats: FP32 on both sid
 # of 30 are known to 0.1
 
 REMOTE = False  # every process has an engine of its own
-__all__ = ["Completion", "Engine", "parity"]
+__all__ = ["Completion", "Engine", "check_options", "parity"]
+
+
+def check_options(values: dict[str, Any]) -> None:
+    if values:
+        raise ConfigError(f"engine_options: {', '.join(values)} given, but engine transformers has none; remove them")
 
 
 class Engine:
@@ -45,10 +50,7 @@ class Engine:
         state: dict[str, torch.Tensor] | None = None,
         options: dict[str, Any] | None = None,
     ):
-        if options:
-            raise ConfigError(
-                f"engine_options: {', '.join(options)} given, but engine transformers has none; remove them"
-            )
+        check_options(options or {})
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         dtype = torch.bfloat16 if ctx.device == "cuda" else torch.float32
         if state is None:
