@@ -67,13 +67,14 @@ class Mlflow:
             mlflow.set_tracking_uri(tracking_uri())
             self._mlflow, self._client = mlflow, mlflow.MlflowClient(tracking_uri())
 
-    def open(self, run: str, recipe: str, flow_run: str, title: str, again: bool) -> dict[str, str]:
+    def open(self, run: str, recipe: str, flow_run: str, attempt: str, title: str, again: bool) -> dict[str, str]:
         found = self._client.get_experiment_by_name(recipe)
         experiment = found.experiment_id if found else self._client.create_experiment(recipe, self._location)
-        return self._create(experiment, title, {"cuvee.flow_run": flow_run}, "cuvee.flow_run", again)
+        return self._create(experiment, title, {"cuvee.flow_run": flow_run, "cuvee.attempt": attempt}, again)
 
-    def _create(self, experiment: str, name: str, tags: dict[str, str], unique: str, again: bool) -> dict[str, str]:
-        found = self._client.search_runs([experiment], f"tags.`{unique}` = '{tags[unique]}'") if again else []
+    def _create(self, experiment: str, name: str, tags: dict[str, str], again: bool) -> dict[str, str]:
+        wanted = f"tags.`cuvee.attempt` = '{tags['cuvee.attempt']}'"
+        found = self._client.search_runs([experiment], wanted) if again else []
         run = found[0] if found else self._client.create_run(experiment, run_name=name, tags=tags)
         return {"run_id": run.info.run_id, "experiment": experiment}
 
@@ -86,7 +87,7 @@ class Mlflow:
                 "cuvee.fingerprint": node["fingerprint"], "cuvee.kind": node["kind"],
                 "mlflow.note.content": _note(node, inputs)[:TAG_LENGTH]}
         tags |= {f"cuvee.input.{one['arg']}": one["fingerprint"] for one in inputs}
-        address = self._create(flow["experiment"], node["name"], tags, "cuvee.attempt", again)
+        address = self._create(flow["experiment"], node["name"], tags, again)
         params = [Param(key, value) for key, value in node["params"]]
         for at in range(0, len(params), PARAM_BATCH):
             self._client.log_batch(address["run_id"], params=params[at : at + PARAM_BATCH])

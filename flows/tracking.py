@@ -31,7 +31,7 @@ logger = logging.getLogger("cuvee.tracking")
 
 def redacted(text: object) -> str:
     """The text without the user and password of an address."""
-    return re.sub(r"://[^/@\s]+@", "://***@", str(text))
+    return re.sub(r"://[^/@\s]+@", "://", str(text))
 
 
 @dataclass(eq=False)
@@ -137,14 +137,16 @@ class Tracker:
 
     def __init__(self, conf: Any, flow_run: str, stages: int):
         self.registered = set(conf.recipe.registered)
-        self._journal = Journal(state_dir() / "tracking" / f"{flow_run}.jsonl")
+        attempt = uuid.uuid4().hex  # Prefect may start a flow run again
+        self._journal = Journal(state_dir() / "tracking" / f"{attempt}.jsonl")
         self._mlflow = Mlflow(self._journal.results)
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._mutex, self._down, self._closing = threading.Lock(), False, threading.Event()
         self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._thread.start()
         recipe = conf.recipe.name
-        self._put(Run("flow"), "open", recipe=recipe, flow_run=flow_run, title=f"{recipe} ({stages} stages)")
+        self._put(Run("flow"), "open", recipe=recipe, flow_run=flow_run, attempt=attempt,
+                  title=f"{recipe} ({stages} stages)")
 
     def start(self, node: Node, parents: dict[str, Any]) -> Run:
         run = Run(uuid.uuid4().hex)

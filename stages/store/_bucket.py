@@ -9,16 +9,22 @@ ignores If-Match of DELETE, which is therefore not used); Google's S3 endpoint h
 from __future__ import annotations
 
 import os
+import random
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from stages.stage import CuveeError
 
 TRANSFERS = 8
-ATTEMPTS = 8
-LOST = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404")
+ATTEMPTS = 4  # botocore's own at one request, within seconds
+FIRST_SECONDS = 10.0  # that the first request is tried again: the service it names may not be there
+PATIENCE_SECONDS = 900.0  # that later ones are: an outage ends no run
+PAUSE_SECONDS = 20.0  # between two attempts, at most
+MISSING = ("NoSuchKey", "404")
+LOST = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409", *MISSING)
+PASSING = ("InternalError", "SlowDown", "ServiceUnavailable", "RequestTimeout)", "(500)", "(502)", "(503)", "(504)")
 CREDENTIALS = "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 WAYS_OUT = {
     "NoSuchBucket": "there is no such bucket; create it, or check the name in store.uri",
@@ -34,9 +40,12 @@ WAYS_OUT = {
 
 
 class Bucket:
-    """Objects below s3://bucket/prefix. Raises CuveeError with the address, what failed and the way out."""
+    """Objects below s3://bucket/prefix. Raises CuveeError with the address, what failed and the way out.
 
-    def __init__(self, uri: str, endpoint: str = "", attempts: int = ATTEMPTS):
+    patience: seconds for which a request is tried again while the service can't be reached or fails.
+    """
+
+    def __init__(self, uri: str, endpoint: str = ""):
         import boto3
         from botocore.config import Config
 
@@ -50,65 +59,72 @@ class Bucket:
         # Other services don't know AWS's newer checksums; the signed SHA-256 of each body they all know.
         own = "when_required" if endpoint or os.environ.get("AWS_ENDPOINT_URL") else "when_supported"
         self.checksum = {} if own == "when_required" else {"ChecksumAlgorithm": "SHA256"}
-        with self.explained():
-            self.s3 = boto3.session.Session().client("s3", endpoint_url=endpoint or None, config=Config(
-                retries={"max_attempts": attempts, "mode": "standard"}, max_pool_connections=2 * TRANSFERS,
-                connect_timeout=10, read_timeout=60, request_checksum_calculation=own, response_checksum_validation=own,
-                s3={"payload_signing_enabled": True}))  # fmt: skip
-            self.s3.list_objects_v2(Bucket=self.name, Prefix=self.key(""), MaxKeys=1)
+        config = Config(retries={"max_attempts": ATTEMPTS, "mode": "standard"}, max_pool_connections=2 * TRANSFERS,
+                        connect_timeout=10, read_timeout=60, request_checksum_calculation=own,
+                        response_checksum_validation=own, s3={"payload_signing_enabled": True})  # fmt: skip
         self._quoted: bool | None = None
+        self.patience = FIRST_SECONDS
+        self.s3 = self.ask(lambda: boto3.session.Session().client("s3", endpoint_url=endpoint or None, config=config))
+        self.ask(self.s3.list_objects_v2, Bucket=self.name, Prefix=self.key(""), MaxKeys=1)
+        self.patience = PATIENCE_SECONDS
 
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
+    def ask(self, call: Callable, none_for: tuple[str, ...] = (), patience: float | None = None, **arguments: Any) -> Any:
+        """The answer to a call of boto3's; None where the service answers with an error of `none_for`. boto3's own
+        attempts share a small budget, which an outage soon uses up."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        until, pause = 0.0, 1.0
+        while True:
+            try:
+                return call(**arguments)
+            except (BotoCoreError, ClientError, Boto3Error) as error:
+                if isinstance(error, ClientError) and error.response["Error"]["Code"] in none_for:
+                    return None
+                until = until or time.monotonic() + (self.patience if patience is None else patience)
+                if time.monotonic() > until or not passing(error):
+                    where = f"store.uri={self.uri}" + (f" at {self.endpoint}" if self.endpoint else "")
+                    raise CuveeError(f"{where}: {explanation(error)}") from None
+            time.sleep(random.uniform(0.5, 1) * pause)
+            pause = min(2 * pause, PAUSE_SECONDS)
+
     def names(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, {"Size", "LastModified", "ETag"}) of every object whose name begins with `prefix`."""
+        pages = self.s3.get_paginator("list_objects_v2")
+        found = self.ask(lambda: [item for page in pages.paginate(Bucket=self.name, Prefix=self.key(prefix))
+                                  for item in page.get("Contents", [])])  # fmt: skip
         cut = len(self.key(""))
-        with self.explained():
-            for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.key(prefix)):
-                yield from ((item["Key"][cut:], item) for item in page.get("Contents", []))
+        yield from ((item["Key"][cut:], item) for item in found)
 
     def get(self, name: str) -> tuple[bytes, str] | None:
         """(contents, ETag) of a small object, or None."""
-        with self.explained():
-            try:
-                found = self.s3.get_object(Bucket=self.name, Key=self.key(name))
-                return found["Body"].read(), found["ETag"]
-            except self.s3.exceptions.NoSuchKey:
-                return None
+
+        def read() -> tuple[bytes, str]:
+            found = self.s3.get_object(Bucket=self.name, Key=self.key(name))
+            return found["Body"].read(), found["ETag"]
+
+        return self.ask(read, MISSING)
 
     def head(self, name: str) -> dict[str, Any] | None:
-        from botocore.exceptions import ClientError
+        return self.ask(self.s3.head_object, MISSING, Bucket=self.name, Key=self.key(name))
 
-        with self.explained():
-            try:
-                return self.s3.head_object(Bucket=self.name, Key=self.key(name))
-            except ClientError as error:
-                if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                    return None
-                raise
-
-    def put(self, name: str, data: bytes, absent: bool = False, replaces: str = "") -> str:
+    def put(self, name: str, data: bytes, absent: bool = False, replaces: str = "", patience: float | None = None) -> str:
         """Write an object; returns its ETag, or "" where a condition did not hold. absent: only if there is none yet;
         replaces: only if it still has this ETag. A lost answer makes the retry of a success look like a failure: who
         gets "" reads what is there before believing that another won."""
-        from botocore.exceptions import ClientError
-
         condition: dict[str, str] = {"IfNoneMatch": "*"} if absent else {}
         if replaces:
             condition["IfMatch"] = replaces if self._quoted is not False else replaces.strip('"')
-        with self.explained():
-            try:
-                return self.s3.put_object(Bucket=self.name, Key=self.key(name), Body=data, **condition, **self.checksum)["ETag"]
-            except ClientError as error:
-                if condition and error.response["Error"]["Code"] in LOST:
-                    return ""
-                raise
+        answer = self.ask(self.s3.put_object, LOST if condition else (), patience, Bucket=self.name, Key=self.key(name),
+                          Body=data, **condition, **self.checksum)
+        return answer["ETag"] if answer else ""
 
     def delete(self, *names: str) -> None:
-        with self.explained():
-            for name in names:  # not DeleteObjects: Google's endpoint lacks it, and it wants a checksum that Ceph ignores
-                self.s3.delete_object(Bucket=self.name, Key=self.key(name))
+        for name in names:  # not DeleteObjects: Google's endpoint lacks it, and it wants a checksum that Ceph ignores
+            self.ask(self.s3.delete_object, Bucket=self.name, Key=self.key(name))
 
     def check_conditions(self) -> None:
         """Raises CuveeError where the service ignores conditional writes; learns how it wants an ETag. Once a process."""
@@ -117,10 +133,12 @@ class Bucket:
         probe = f"probes/{uuid.uuid4().hex}"
         try:
             etag = self.put(probe, b"1", absent=True)
+            etag = etag or (self.get(probe) or (b"", ""))[1]  # its answer was lost
             kept = etag and not self.put(probe, b"2", absent=True) and not self.put(probe, b"2", replaces='"0"')
-            for self._quoted in (True, False):
-                if kept and (replaced := self.put(probe, b"3", replaces=etag)):
-                    kept = not self.put(probe, b"4", replaces=etag) and (self.get(probe) or (b"", ""))[1] == replaced
+            for self._quoted in (True, False) if kept else ():
+                self.put(probe, b"3", replaces=etag)
+                if (self.get(probe) or (b"", ""))[0] == b"3":
+                    kept = not self.put(probe, b"4", replaces=etag)
                     break
             else:
                 kept = ""
@@ -133,16 +151,15 @@ class Bucket:
                 "which two runs could write one artifact; use AWS S3, MinIO or Ceph, or a shared folder as store.uri"
             )
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        try:
-            yield
-        except (BotoCoreError, ClientError, Boto3Error) as error:
-            where = f"store.uri={self.uri}" + (f" at {self.endpoint}" if self.endpoint else "")
-            raise CuveeError(f"{where}: {explanation(error)}") from None
+def passing(error: Exception) -> bool:
+    """Whether the same request may succeed later: the network or the service failed, not what was asked."""
+    from boto3.exceptions import RetriesExceededError
+    from botocore import exceptions as botocore
+
+    broken = (botocore.HTTPClientError, botocore.ConnectionError, botocore.ResponseStreamingError,
+              botocore.IncompleteReadError, RetriesExceededError)  # fmt: skip
+    return isinstance(error, broken) or any(code in str(error) for code in PASSING)
 
 
 def explanation(error: Exception) -> str:

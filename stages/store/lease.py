@@ -180,7 +180,7 @@ class ObjectLease(Lease):
     def _write(self, token: str | None = None, **condition: Any) -> bool:
         self._beats += 1
         holder = self._me() | {"beat": self._beats} | ({} if token is None else {"token": token})
-        self._etag = self.bucket.put(self.name, json.dumps(holder).encode(), **condition)
+        self._etag = self.bucket.put(self.name, json.dumps(holder).encode(), patience=BEAT_SECONDS, **condition)
         if self._etag:
             return True
         found = self.bucket.get(self.name)  # a retry of our own success looks like a rival's

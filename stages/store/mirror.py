@@ -25,6 +25,7 @@ from stages.store import record as records
 from stages.store._bucket import TRANSFERS, Bucket
 
 CHUNK_BYTES = 32 * 1024 * 1024
+PATIENCE_SECONDS = 60.0  # with a bucket that can't be reached: there will be a newer checkpoint
 KEPT = 2  # checkpoints in the bucket
 INDEX = ".metadata"  # torch's index of a checkpoint, which it reads with pickle
 INDEX_NAMES = re.compile(r"torch\.distributed\.checkpoint\.\w+\.\w+|torch\.serialization\._get_layout|torch\.Size|"
@@ -37,7 +38,7 @@ class Mirror:
     """The checkpoints of one stage, `<scratch>/checkpoints/<step>/`, kept in a bucket by one process at a time."""
 
     def __init__(self, uri: str, endpoint: str, fingerprint: str, bucket: Bucket | None = None):
-        self._open = (lambda: bucket) if bucket else (lambda: Bucket(uri, endpoint))
+        self._open = (lambda: bucket) if bucket else (lambda: _impatient(Bucket(uri, endpoint)))
         self.base = f"scratch/{fingerprint}/"
         self._thread = ThreadPoolExecutor(1, "mirror")
         self._pushing: Future | None = None
@@ -82,6 +83,11 @@ class Mirror:
 
     def clear(self) -> None:
         self.bucket.delete(*(name for name, _ in self.bucket.names(self.base)))
+
+
+def _impatient(bucket: Bucket) -> Bucket:
+    bucket.patience = PATIENCE_SECONDS
+    return bucket
 
 
 def push_checkpoint(bucket: Bucket, base: str, checkpoint: Path) -> int:

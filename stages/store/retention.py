@@ -70,12 +70,13 @@ def _clean_bucket(store: S3Store, age: float) -> Iterator[str]:
     for fingerprint, names in scratch.items():
         if all(names.values()):
             yield from _remove(store, fingerprint, list(names), "checkpoints")
-    with bucket.explained():
-        for page in bucket.s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket.name, Prefix=bucket.key("")):
-            for upload in page.get("Uploads", []):
-                if now - upload["Initiated"] > timedelta(seconds=age):
-                    bucket.s3.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
-                    yield f"{upload['Key']}: an upload that was cut off"
+    pages = bucket.s3.get_paginator("list_multipart_uploads")
+    for upload in bucket.ask(lambda: [item for page in pages.paginate(Bucket=bucket.name, Prefix=bucket.key(""))
+                                      for item in page.get("Uploads", [])]):  # fmt: skip
+        if now - upload["Initiated"] > timedelta(seconds=age):
+            bucket.ask(bucket.s3.abort_multipart_upload, Bucket=bucket.name, Key=upload["Key"],
+                       UploadId=upload["UploadId"])
+            yield f"{upload['Key']}: an upload that was cut off"
 
 
 def _clean_artifact(store: S3Store, fingerprint: str, names: dict[str, bool]) -> Iterator[str]:
@@ -106,6 +107,6 @@ def _remove(store: S3Store, fingerprint: str, names: list[str], what: str) -> It
 
 
 def _server_time(store: S3Store) -> Any:
-    with store.bucket.explained():
-        answer = store.bucket.s3.list_objects_v2(Bucket=store.bucket.name, Prefix=store.bucket.key(""), MaxKeys=1)
+    bucket = store.bucket
+    answer = bucket.ask(bucket.s3.list_objects_v2, Bucket=bucket.name, Prefix=bucket.key(""), MaxKeys=1)
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

@@ -95,9 +95,8 @@ class S3Store:
         part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             for _ in range(DOWNLOADS):
-                with self.bucket.explained():
-                    self.bucket.s3.download_file(self.bucket.name, self.bucket.key(place(record) + name), str(part),
-                                                 Config=self._transfer)
+                self.bucket.ask(self.bucket.s3.download_file, Bucket=self.bucket.name, Filename=str(part),
+                                Key=self.bucket.key(place(record) + name), Config=self._transfer)
                 if records.sha256(part) == wanted["sha256"]:
                     part.replace(path)
                     return
@@ -111,16 +110,17 @@ class S3Store:
         record = self.record(fingerprint)
         base = place(record)
 
-        def digest(name: str) -> tuple[str, str]:
+        def digest(name: str) -> str:
             found = hashlib.sha256()
-            with self.bucket.explained():
-                body = self.bucket.s3.get_object(Bucket=self.bucket.name, Key=self.bucket.key(name))["Body"]
-                for chunk in body.iter_chunks(1 << 20):
-                    found.update(chunk)
-            return name.removeprefix(base), found.hexdigest()
+            body = self.bucket.s3.get_object(Bucket=self.bucket.name, Key=self.bucket.key(name))["Body"]
+            for chunk in body.iter_chunks(1 << 20):
+                found.update(chunk)
+            return found.hexdigest()
 
+        names = [name for name, _ in self.bucket.names(base)]
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            files = dict(pool.map(digest, [name for name, _ in self.bucket.names(base)]))
+            digests = pool.map(lambda name: self.bucket.ask(digest, name=name), names)
+            files = {name.removeprefix(base): one for name, one in zip(names, digests, strict=True)}
         return (self.bucket.get(f"artifacts/{fingerprint}/{records.NAME}") or (b"", ""))[0], files
 
     def publish(self, out: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +152,8 @@ class S3Store:
         if there.get(key) == wanted["size"] and self._digest(key) == wanted["sha256"]:
             return  # an attempt that was cut off had sent this one
         extra = {"Metadata": {"sha256": wanted["sha256"]}, **self.bucket.checksum}
-        with self.bucket.explained():
-            self.bucket.s3.upload_file(str(path), self.bucket.name, self.bucket.key(key), ExtraArgs=extra,
-                                       Config=self._transfer)
+        self.bucket.ask(self.bucket.s3.upload_file, Filename=str(path), Bucket=self.bucket.name,
+                        Key=self.bucket.key(key), ExtraArgs=extra, Config=self._transfer)
         found = self.bucket.head(key)
         if found is None or found["ContentLength"] != wanted["size"] or records.sha256(path) != wanted["sha256"]:
             raise CuveeError(f"{self.uri}/{key}: {found and found['ContentLength']} bytes arrived of {wanted['size']}; "

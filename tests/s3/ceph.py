@@ -13,7 +13,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool")
+PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool")
 START_SECONDS = 90
 CONF = """[global]
 fsid = {fsid}
@@ -58,7 +58,7 @@ rgw_thread_pool_size = 32
 def missing() -> str:
     """Why there can be no server here, or ""."""
     absent = [name for name in PROGRAMS if not shutil.which(name)]
-    return f"needs Debian's radosgw, ceph-mon and ceph-osd ({', '.join(absent)} not found)" if absent else ""
+    return f"needs Debian's radosgw, ceph-mon, ceph-osd and ceph-common ({', '.join(absent)} not found)" if absent else ""
 
 
 class Ceph:

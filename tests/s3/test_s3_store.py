@@ -16,7 +16,7 @@ import pytest
 
 from flows import lineage
 from stages.stage import CuveeError
-from stages.store import lease, mirror, s3
+from stages.store import _bucket, lease, mirror, s3
 from stages.store import record as records
 from stages.store._bucket import Bucket
 from stages.store.s3 import S3Store
@@ -37,8 +37,10 @@ from tests.unit.test_store import make
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """botocore waits up to 20 s between attempts; here they follow at once. Parts as small as a service takes them."""
+    """Attempts follow at once. Parts are as small as a service takes them."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.05)
+    monkeypatch.setattr(_bucket, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(_bucket, "FIRST_SECONDS", 1.0)
     monkeypatch.setattr(s3, "PART_BYTES", 5 * 1024 * 1024)
 
 
@@ -118,6 +120,7 @@ def test_an_outage_publishes_nothing_and_the_next_attempt_sends_only_the_rest(ur
     with Proxy(endpoint, lambda method, path: DOWN if down.is_set() and "small.txt" in path else "") as proxy:
         down.set()
         store = S3Store(uri, tmp_path / "cache", proxy.endpoint)
+        store.bucket.patience = 1.0
         with pytest.raises(CuveeError, match="store.uri=.* at http://127.*check the bucket"):
             store.publish(out, record)
         assert store.record(record["fingerprint"]) is None and list(store.fingerprints()) == []
@@ -126,6 +129,22 @@ def test_an_outage_publishes_nothing_and_the_next_attempt_sends_only_the_rest(ur
         store.publish(out, record)
         assert not [path for method, path, _ in proxy.seen if method in ("PUT", "POST") and "big.bin" in path]
     assert list(S3Store(uri, tmp_path / "other", endpoint).fingerprints()) == [record["fingerprint"]]
+
+
+def test_an_outage_of_some_time_ends_nothing(uri, endpoint, tmp_path):
+    """Longer than all of boto3's own attempts, at every request there is."""
+    out, record = artifact(tmp_path)
+    down = threading.Event()
+    with Proxy(endpoint, lambda method, path: DOWN if down.is_set() else "") as proxy:
+        store = S3Store(uri, tmp_path / "cache", proxy.endpoint)
+        down.set()
+        threading.Timer(4, down.clear).start()
+        with store.lease(record["fingerprint"]):
+            store.publish(out, record)
+        down.set()
+        threading.Timer(4, down.clear).start()
+        assert list(lineage.verify(store, record)) == []
+        assert sum(happened == DOWN for *_, happened in proxy.seen) > 2 * _bucket.ATTEMPTS
 
 
 def test_of_rivals_with_other_bytes_one_wins_whole(uri, endpoint, tmp_path):
@@ -312,8 +331,7 @@ def test_checkpoints_go_on_at_another_host(uri, endpoint, tmp_path, monkeypatch)
     assert list(bucket.names(kept.base)) == []
 
 
-def test_a_bucket_that_is_gone_does_not_stop_the_training(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.store._bucket.ATTEMPTS", 2)
+def test_a_bucket_that_is_gone_does_not_stop_the_training(endpoint, tmp_path):
     kept, lines = mirror.Mirror("s3://no-such-bucket/p", endpoint, "f" * 32), []
     kept.push(checkpoint(tmp_path, 2, {"a": b"1"}), lines.append)
     kept.wait()

@@ -126,7 +126,7 @@ def test_an_operation_whose_answer_was_lost_is_not_done_twice(state, monkeypatch
     uri = f"sqlite:///{state / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     done = tracking.Mlflow({})
-    operations = [{"do": "open", "run": "flow", "recipe": "a_recipe", "flow_run": "f", "title": "t"},
+    operations = [{"do": "open", "run": "flow", "recipe": "a_recipe", "flow_run": "f", "attempt": "a", "title": "t"},
                   {"do": "start", "run": "r", "node": tracking.described(MODEL, {p.fingerprint: {
                       "name": p.name, "fingerprint": p.fingerprint, "digest": "0" * 64} for p in MODEL.parents})}]
     for operation in operations:
