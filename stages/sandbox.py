@@ -19,10 +19,9 @@ What each level gives, strongest first (`best_level()` is the first that works h
   interpreter refuses files, sockets, processes and signals: enough for accidents and for what a model writes, NOT
   against an attacker who breaks the interpreter.
 
-Commands (other languages: compilers and runtimes need threads, processes, folders) run at the first two levels only, in
-the working directory, with limits on the processes (before Linux 5.14 these count all that the calling user has) and on the
-memory of all of them together. SQL runs in SQLite's
-engine, on a database in memory, and may only read.
+Commands (other languages: compilers and runtimes need threads, processes, folders) run at the first two levels only, as
+root as a uid of the warden's own, with limits on the processes (before Linux 5.14 these count all that the calling user
+has) and on the memory of all of them together. SQL runs in SQLite's engine, on a database in memory, and may only read.
 
 No level stops timing side channels, kernel exploits or (unless the caller is root) System V shared memory.
 """

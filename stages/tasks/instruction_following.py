@@ -2,6 +2,9 @@
 
 Reward: 1 when all instructions are followed by a text that is on the topic asked for, half the share of them otherwise, 0 for
 none, for a text off the topic and for one that copies the whole prompt.
+
+Your own prompts: `check` is {"constraints": [[name, arguments], ...], "about": word that must occur, "" for any}, as IFEval's
+`instruction_id_list` and `kwargs` side by side.
 """
 
 import json
@@ -61,7 +64,8 @@ def generate(rng: random.Random, count: int, documents: list[dict], options: Opt
 
 
 def _request(rng: random.Random, options: Options) -> dict:
-    """Draws until the answer follows what was drawn: two instructions may ask together for what neither does alone."""
+    """Draws until the answer follows what was drawn: the published table leaves in a few pairs that no text can follow together, such as
+    lower case and "Section 1"."""
     while True:
         topic = rng.choice(TOPICS)
         request = rng.choice(REQUESTS).format(t=topic)
@@ -110,7 +114,7 @@ def _answer(rng: random.Random, topic: str, request: str, names: list[str], opti
         text = f"{request}\n{text}"
     if "detectable_content:postscript" in given:
         given["detectable_content:postscript"] = {"postscript_marker": rng.choice(["P.S.", "P.P.S"])}
-        text += f"\n\n{given['detectable_content:postscript']['postscript_marker']} More soon."
+        text += f"\n{given['detectable_content:postscript']['postscript_marker']} More soon."
     if "startend:end_checker" in given:
         given["startend:end_checker"] = {"end_phrase": rng.choice(ENDINGS)}
         text += f" {given['startend:end_checker']['end_phrase']}"

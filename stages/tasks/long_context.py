@@ -9,6 +9,9 @@ The haystack is made of the corpus' sentences, so that its length in tokens foll
 characters, `check.depth` the (first) needle's place in percent. Reward: 1 for a short response with what was asked for and
 nothing else of its kind, 0 otherwise, -0.5 without anything of its kind; where several things are asked for, RULER's share of
 them while nothing wrong is among them.
+
+Your own prompts: `check` is {"number": n} or {"numbers": [n, ...], "ordered": bool} or {"words": [right ones], "among": [all that might be
+named]}, with "depth" and the row's `length` where the report shall tell them apart.
 """
 
 import random

@@ -3,6 +3,8 @@
 Names are days, months, languages, territories and currencies; dates and numbers are to be written as the language does. Reward: 1
 for one of the right forms (case, quotes and final punctuation aside), 0 otherwise; of a pair, whose right translations are many,
 chrF (Popovic, 2015) with the reference, in [0, 1].
+
+Your own prompts: `check` is {"names": [right forms]} or {"translation": text}, with "language" (ISO 639-1) for the reward of that name.
 """
 
 import datetime

@@ -4,6 +4,8 @@ Kinds: "facts", generated facts and, as noise, sentences of the corpus; "retriev
 hybrid retrieval (stages/tasks/_retrieval.py) gives the documents; "agent", the next turn of an agent with tools that run
 (stages/tasks/_agents.py). Reward of the first two: 0.5 for the right span and 0.5 for the right source; an answer without
 citation gets 0.25, a citation where the documents say nothing -0.5.
+
+Your own prompts: `check` is {"span": words, "source": number of the document or -1 for none, "others": words that would be wrong}.
 """
 
 import random

@@ -35,14 +35,13 @@ def test_every_operation_gives_what_the_reference_gives(language, monkeypatch):
             values = code._input(rng, kind)
             calls.append(_languages.call(language, f"f{number}", values))
             wanted.append(reference(*values, 3, "a"))
-    made = code.generate(random.Random(1), 4, [], code.Options(languages=[language]))
+    made = code.generate(random.Random(1), 2, [], code.Options(languages=[language]))
     assert _languages.results(language, ["\n".join(sources)], [calls]) == [wanted]
-    assert code.verify_batch(made, [p["answer"] for p in made]) == [1.0] * 4
     if language in ("javascript", "perl", "ruby"):  # compilers would need more
         monkeypatch.setitem(sandbox.COMMAND_LIMITS, "seconds", 1.0)
-    endless = {"javascript": "for(;;);", "perl": "1 while 1;", "ruby": "loop {}"}.get(language)
-    broken = ["no block", f"```{own.titles[1]}\n{endless or 'nonsense ('}\n```", made[1]["answer"], "```python\nprint(1)\n```"]
-    assert code.verify_batch(made[:1] * 4, broken) == [-1.0, 0.0, code.verify(made[0], made[1]["answer"]), -1.0]
+    endless = {"javascript": "for(;;);", "perl": "1 while 1;", "ruby": "loop {}"}.get(language, "nonsense (")
+    given = [made[0]["answer"], f"```{own.titles[1]}\n{endless}\n```", "no block", "```python\nprint(1)\n```"]
+    assert code.verify_batch([made[0]] * 4, given) == [1.0, 0.0, -1.0, -1.0]
 
 
 def test_generation_needs_no_interpreter_and_checking_says_what_is_missing(monkeypatch):
