@@ -92,11 +92,15 @@ def say(judged: dict[str, Any]) -> str:
         f"{share(judged['ece'])} on average."
     )
     if rows := judged.get("optimised"):
-        best = max(rows, key=lambda one: one["gold"])
-        found += f" The best of {rows[-1]['n']} by its score has a verified reward of {rows[-1]['gold']:.2f}, a single completion {rows[0]['gold']:.2f}"
+        first, last, best = rows[0], rows[-1], max(rows, key=lambda one: one["gold"])
         found += (
-            "."
-            if best is rows[-1]
-            else f"; beyond {best['n']} completions it is over-optimised (there {best['gold']:.2f})."
+            f" The best of {last['n']} by its score has a verified reward of {last['gold']:.2f}, a single completion "
+            f"{first['gold']:.2f}"
         )
+        if best is first and best is not last:
+            found += ": to optimise against it makes answers worse."
+        elif best is not last:
+            found += f"; it is over-optimised beyond the best of {best['n']} ({best['gold']:.2f})."
+        else:
+            found += "."
     return found
