@@ -13,9 +13,14 @@ def open_store(conf: Any) -> Any:
 
         cache = Path(conf.store.cache).expanduser() if conf.store.cache else shared_dir(conf) / "cache"
         return S3Store(conf.store.uri, cache, conf.store.endpoint, conf.store.cache_gb)
+    from stages.stage import ConfigError
     from stages.store.local import LocalStore
 
-    return LocalStore(Path(conf.store.uri) if conf.store.uri else shared_dir(conf) / "store")
+    place = Path(conf.store.uri) if conf.store.uri else shared_dir(conf) / "store"
+    if conf.cluster.get("volume") and not place.exists() and not shared_dir(conf).is_dir():
+        raise ConfigError(f"store.uri={place} is on the volume of cluster={conf.cluster.name}, which is not mounted here at "
+                          f"{shared_dir(conf)}; use cuvee submit, or a bucket: store=s3 store.uri=s3://bucket/prefix")
+    return LocalStore(place)
 
 
 def shared_dir(conf: Any) -> Path:

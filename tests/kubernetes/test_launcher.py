@@ -249,6 +249,28 @@ def test_a_pod_that_cannot_start_ends_the_stage_with_its_reason(place, monkeypat
     assert launcher.api.get("Job", run.job.stage.name) is None
 
 
+def test_a_job_that_waits_in_its_queue_says_so(place, program, monkeypatch):
+    """As Kueue does: suspended when it is created, admitted when there is room."""
+    cluster = place.only_local()
+    spec = place.spec()
+    program(spec, "finish()")
+    real = kubernetes.manifests.render
+    monkeypatch.setattr(kubernetes.manifests, "render", lambda *a: [kubernetes.manifests.merge(m, {"spec": {"suspend": True}})
+                                                                    for m in real(*a)])  # fmt: skip
+    run = start(place.launcher(queue="training"), spec)
+    until(lambda: run.said("waits in its queue"))
+    name = run.job.stage.name
+    assert cluster.objects.get("jobs", name)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
+    cluster.objects.update("jobs", name, lambda job: job["spec"].update(suspend=False))
+    assert run.end() == OK and run.said("was admitted")
+
+
+@pytest.mark.parametrize("kind, over", [("Complete", True), ("Completed", True), ("Failed", False), ("Suspended", None)])
+def test_the_three_kinds_end_under_different_names(kind, over):
+    found = {"status": {"conditions": [{"type": kind, "status": "True"}, {"type": "Failed", "status": "False"}]}}
+    assert kubernetes.outcome(found) is over and kubernetes.outcome({}) is None
+
+
 def test_refusals_are_one_sentence_and_leave_nothing(place, tmp_path):
     spec = place.spec(processes=2)
     with pytest.raises(Refused, match="POST jobs: .*nodeSelectr|Additional properties"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import submit
+from flows import open_store, submit
 from flows.config import compose
 from flows.graph import Graph
 from flows.launchers._kubernetes_api import Refused
@@ -69,6 +69,13 @@ def test_plan_without_a_cluster_says_so(place, monkeypatch, tmp_path):
     assert line.startswith("the manifests were not checked: ")
 
 
+def test_a_volume_that_is_not_mounted_is_not_made(place, tmp_path):
+    wanted = [one for one in overrides(place) if "volume.path" not in one]
+    with pytest.raises(ConfigError, match="is not mounted here at .*nowhere; use cuvee submit, or a bucket"):
+        open_store(compose([*wanted, f"cluster.volume.path={tmp_path}/nowhere"]))
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_submit_refuses_before_it_asks(place):
     for wrong, sentence in (
         ([], "cluster=local starts stages with launcher local, but submit runs on Kubernetes"),
@@ -81,21 +88,22 @@ def test_submit_refuses_before_it_asks(place):
         submit.submit(overrides(place), "", follow=True, cancel=True)
 
 
-def test_a_run_in_the_cluster_makes_its_stages_there(place, capsys):
-    """The run's pod makes the stages' pods; who comes back finds the same run, and it can be cancelled with all it made."""
-    wanted = overrides(place, "scale=micro", "recipe.experts=[code]", f"data.sources=[{place.volume / 'docs'}]")
-    (place.volume / "docs").mkdir()
-    (place.volume / "docs" / "a.txt").write_text("too short")  # the first stage refuses: no more is needed to see the way
-    place.launcher()
+def test_a_run_in_the_cluster_makes_its_stages_there(place, documents, capsys):  # noqa: F811
+    """The run's pod makes a stage's pod, which it owns, and publishes what that leaves."""
+    shutil.move(documents, place.volume / "docs")
+    wanted = overrides(place, "scale=micro", f"data.sources=[{place.volume}/docs]")
+    api = place.launcher().api
     if place.local:  # what a pod finds in a real cluster
-        place.local.variables = {"KUBECONFIG": os.environ["KUBECONFIG"], "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
-    assert submit.submit(wanted, "corpus", follow=True, cancel=False) == 1
+        place.local.variables = {"KUBECONFIG": os.environ["KUBECONFIG"]}
+    status = submit.submit(wanted, "corpus", follow=True, cancel=False)
     out = capsys.readouterr().out
-    assert "job cuvee-run-" in out and "corpus" in out
-    jobs = place.launched[-1].api.list("Job")["items"]
-    assert any(job["metadata"]["name"].startswith("cuvee-corpus-") for job in jobs), out
-    (owned,) = [job for job in jobs if job["metadata"]["name"].startswith("cuvee-corpus-")]
+    assert status == 0, out
+    (owned,) = [job for job in api.list("Job")["items"] if job["metadata"]["name"].startswith("cuvee-corpus-")]
     assert owned["metadata"]["ownerReferences"][0]["name"].startswith("cuvee-run-")
+    store = LocalStore(place.volume / "store")
+    record = store.record(store.aliases()["corpus"])
+    assert record["files"] and f"job {owned['metadata']['name']}" in (place.volume / "work" / record["fingerprint"] / "log.txt").read_text()
+    assert "1 of 1 stages to make" in out and "[  1/1] corpus" in out
 
 
 def test_cancel_ends_the_run_and_its_stages(place, program, capsys, monkeypatch):
