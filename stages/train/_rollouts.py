@@ -104,9 +104,19 @@ class Rollouts:
         with self.clock.measure("syncing"):
             probes = [render_prompt(self.tokenizer, p) for p in self._prompts_of(number)[:PROBES]]
             groups = [[Sequence(np.array(p, np.int32), np.ones(len(p), np.float32))] for p in probes]
-            state, logprobs = trainer.hf_state(), trainer.logprobs(groups)
+            state, logprobs = self._weights(trainer), trainer.logprobs(groups)
             policy = SimpleNamespace(hf_state=lambda: state, logprobs=lambda _: logprobs)
             return max(self._everywhere(lambda: self._take_over(policy, probes)))
+
+    def _weights(self, trainer: Any) -> Any:
+        """The policy's weights by their names, or for a server a folder of them: no process then holds them all at once."""
+        if not self.engines.REMOTE:
+            return trainer.hf_state()
+        folder = self.ctx.scratch / "engine"
+        on_first(lambda: self.engines.prepare(self.init, folder))
+        trainer.save_weights(folder)
+        dist.barrier()
+        return folder
 
     def _take_over(self, policy: Any, probes: list[list[int]]) -> float:
         config = self.config

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 REMOTE = True  # one process asks for all
 VOUCHED = 4  # sequences by which a server that takes no weights is compared with this CPU
 SYNCS = ("disk", "vllm", "none")
-__all__ = ["Completion", "Engine", "Options", "check_options", "parity"]
+__all__ = ["Completion", "Engine", "Options", "check_options", "parity", "prepare"]
 
 
 @dataclass
@@ -52,11 +52,18 @@ def check_options(values: dict[str, Any]) -> Options:
     return own
 
 
+def prepare(path: Path, folder: Path) -> None:
+    """Make `folder` the checkpoint at `path`, but for its weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.jsonl"))
+
+
 class Engine:
     """The server as an engine. `path`: the CHECKPOINT folder of its tokenizer, and of its weights without a `state`."""
 
     def __init__(
-        self, path: Path, ctx: Context, state: dict[str, torch.Tensor] | None = None, options: dict[str, Any] | None = None
+        self, path: Path, ctx: Context, state: dict[str, torch.Tensor] | Path | None = None,
+        options: dict[str, Any] | None = None,
     ):  # fmt: skip
         import httpx
         from transformers import AutoConfig, AutoTokenizer
@@ -78,8 +85,9 @@ class Engine:
         else:
             self._vouch(path, ctx)
 
-    def sync_weights(self, state: dict[str, torch.Tensor], first: bool = False) -> None:
-        """Have the server hold these weights, by their Hugging Face names. Raises CuveeError where it takes none."""
+    def sync_weights(self, state: dict[str, torch.Tensor] | Path, first: bool = False) -> None:
+        """Have the server hold these weights, by their Hugging Face names, or those that a folder has been given (`prepare`).
+        Raises CuveeError where it takes none."""
         from safetensors.torch import save_file
 
         if self.options.sync == "none":
@@ -87,8 +95,10 @@ class Engine:
                 return
             raise CuveeError("engine_options.sync: none, but the policy has new weights; set it to what the server offers "
                              "(disk, vllm), sample once with rollout_every=0, or take engine transformers")  # fmt: skip
-        shutil.rmtree(self.written, ignore_errors=True)
-        shutil.copytree(self.path, self.written, ignore=shutil.ignore_patterns("*.safetensors*", "*.jsonl"))
+        if isinstance(state, Path):
+            self._load(state)
+            return
+        prepare(self.path, self.written)
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, self.written / "model.safetensors",
                   metadata={"format": "pt"})  # fmt: skip
         self._load(self.written)

@@ -25,7 +25,7 @@ from stages.stage import ConfigError, Context, CuveeError
 
 ROWS = {"cpu": 128, "cuda": 1024}  # sequences decoded together at most; more is no faster
 LOGITS = 1 << 27  # of a step on a GPU at most, so that their FP32 copies stay within 2 GiB
-MEMORY = 0.4  # share of a GPU's free memory that the slots' keys and values may have
+MEMORY = 0.3  # share of a GPU's free memory that the slots' keys and values may have
 PREFILL_TOKENS = {"cpu": 16384, "cuda": 262144}  # prompt tokens of a batch at most, padding included
 THRESHOLD = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats: FP32 on both sides differs by about 1e-5; in BF16 logits
 # of 30 are known to 0.1
