@@ -12,7 +12,9 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends bubblewrap git \
     && rm -rf /var/lib/apt/lists/*
 # The CPU build, by itself: any other request for torch fetches gigabytes of CUDA libraries.
-RUN pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==${TORCH}"
+# setuptools: what it needs that the base has too old, and no other package asks for.
+RUN pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==${TORCH}" \
+    && pip install --no-deps setuptools==84.2.1
 
 WORKDIR /opt/cuvee
 COPY pyproject.toml constraints.txt requirements.lock README.md ./
