@@ -32,10 +32,13 @@ class Checked:
 
     def __call__(self, prompts: list[dict[str, Any]], completions: list[list[str]]) -> list[list[float | None]]:
         """The reward of each completion (raw text), in the shape of `completions`; None where it does not apply."""
-        flat = [(p, response(t)) for p, texts in zip(prompts, completions, strict=True) if self.applies(p) for t in texts]
+        flat = [
+            (p, response(t)) for p, texts in zip(prompts, completions, strict=True) if self.applies(p) for t in texts
+        ]
         found = iter(self.scores([p for p, _ in flat], [t for _, t in flat]))
         return [
-            [next(found) if self.applies(p) else None for _ in texts] for p, texts in zip(prompts, completions, strict=True)
+            [next(found) if self.applies(p) else None for _ in texts]
+            for p, texts in zip(prompts, completions, strict=True)
         ]
 
 

@@ -26,7 +26,9 @@ Final Answer: the answer, with <co>span</co: call:[result]> around what you foun
 Step = tuple[str, list[tuple[str, dict[str, Any]]]]  # a thought and its calls
 
 
-def generate(rng: random.Random, facts: list[tuple[str, str, str, str]], texts: list[str], form: str, nothing: str) -> dict:
+def generate(
+    rng: random.Random, facts: list[tuple[str, str, str, str]], texts: list[str], form: str, nothing: str
+) -> dict:
     """One prompt. facts: (subject, relation, value, sentence), whose sentences are among `texts`; form: as above; nothing: the answer
     where the texts do not say."""
     plan = rng.choice((_lookup, _chain, _sum, _dates, _weekday, _weights, _missing))
@@ -55,8 +57,18 @@ def _cited(results: list[list[list[str]]], support: str) -> list[int]:
 def _lookup(rng: random.Random, facts: list) -> tuple:
     """One search, one answer. Each plan gives: question, steps, answer, its span, the result that supports it, texts to leave out."""
     subject, relation, value, sentence = rng.choice(facts)
-    words = {"holds": "What does the {s} hold?", "is in": "Where is the {s}?", "costs": "What does the {s} cost?", "weighs": "What does the {s} weigh?"}
-    said = {"holds": "The {s} holds a {{v}}.", "is in": "The {s} is in the {{v}}.", "costs": "The {s} costs {{v}} coins.", "weighs": "The {s} weighs {{v}} kilos."}
+    words = {
+        "holds": "What does the {s} hold?",
+        "is in": "Where is the {s}?",
+        "costs": "What does the {s} cost?",
+        "weighs": "What does the {s} weigh?",
+    }
+    said = {
+        "holds": "The {s} holds a {{v}}.",
+        "is in": "The {s} is in the {{v}}.",
+        "costs": "The {s} costs {{v}} coins.",
+        "weighs": "The {s} weighs {{v}} kilos.",
+    }
     step = (f"I search for the {subject}.", [("search", {"query": f"the {subject} {relation}"})])
     return words[relation].format(s=subject), [step], said[relation].format(s=subject), value, sentence, []
 
@@ -77,7 +89,14 @@ def _chain(rng: random.Random, facts: list) -> tuple:
     subject, content = rng.choice(both)
     steps = [(f"I search for what holds the {content}.", [("search", {"query": f"holds a {content}"})]),
              (f"The {subject} holds it. I search for where that is.", [("search", {"query": f"the {subject} is in"})])]  # fmt: skip
-    return f"In which room is the {content}?", steps, f"The {content} is in the {{v}}.", places[subject], f"The {subject} is in the {places[subject]}.", []
+    return (
+        f"In which room is the {content}?",
+        steps,
+        f"The {content} is in the {{v}}.",
+        places[subject],
+        f"The {subject} is in the {places[subject]}.",
+        [],
+    )
 
 
 def _sum(rng: random.Random, facts: list) -> tuple:
@@ -88,7 +107,14 @@ def _sum(rng: random.Random, facts: list) -> tuple:
     (one, p), (two, q) = rng.sample(prices, 2)
     steps = [("I search for both prices.", [("search", {"query": f"the {one} costs"}), ("search", {"query": f"the {two} costs"})]),
              ("I add the prices.", [("calculate", {"expression": f"{p} + {q}"})])]  # fmt: skip
-    return f"What do the {one} and the {two} cost together?", steps, "Together they cost {v} coins.", str(p + q), str(p + q), []
+    return (
+        f"What do the {one} and the {two} cost together?",
+        steps,
+        "Together they cost {v} coins.",
+        str(p + q),
+        str(p + q),
+        [],
+    )
 
 
 def _dates(rng: random.Random, facts: list) -> tuple:
@@ -130,18 +156,26 @@ def _template(question: str, steps: list[Step], results: list, last: bool, answe
     if last:
         return {"messages": messages, "answer": answer, **row}
     reply = turns[len(results)]
-    asked = [{"tool_call_id": c["id"], "tool_name": c["function"]["name"], "parameters": c["function"]["arguments"]} for c in reply["tool_calls"]]
+    asked = [
+        {"tool_call_id": c["id"], "tool_name": c["function"]["name"], "parameters": c["function"]["arguments"]}
+        for c in reply["tool_calls"]
+    ]
     return {"messages": messages, "answer": f"{reply['thinking']}{json.dumps(asked)}", "reply": reply, **row}
 
 
 def _text(question: str, steps: list[Step], results: list, last: bool, answer: str, names: list[str]) -> dict:
-    described = "\n".join(f"{name}: {_tools.TOOLS[name][1]} {json.dumps(list(_tools.TOOLS[name][2]))}" for name in names)
+    described = "\n".join(
+        f"{name}: {_tools.TOOLS[name][1]} {json.dumps(list(_tools.TOOLS[name][2]))}" for name in names
+    )
     messages = [{"role": "user", "content": f"{REACT.format(tools=described)}\n\nQuestion: {question}"}]
     turns = [f"Thought: {thought}\n" + "\n".join(f"Action: {name}\nAction Input: {json.dumps(arguments)}" for name, arguments in made)
              for thought, made in steps]  # fmt: skip
     count = 0
     for turn, step in zip(turns, results, strict=False):
-        lines = [f"Observation {count + i}: " + " ".join(f"[{n}] {text}" for n, text in enumerate(result)) for i, result in enumerate(step)]
+        lines = [
+            f"Observation {count + i}: " + " ".join(f"[{n}] {text}" for n, text in enumerate(result))
+            for i, result in enumerate(step)
+        ]
         count += len(step)
         messages += [{"role": "assistant", "content": turn}, {"role": "user", "content": "\n".join(lines)}]
     return {"messages": messages, "answer": f"Final Answer: {answer}" if last else turns[len(results)]}

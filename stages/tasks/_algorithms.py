@@ -51,7 +51,11 @@ def question(rng: random.Random, tests: int, ask: Sequence[str]) -> tuple[str, s
     exec(source, scope)  # our own text, from the table above
     inputs = [_input(rng, kind) for _ in range(max(4, tests))]
     found = [[f"{name}({value!r})", repr(scope[name](value))] for value in inputs]
-    return rng.choice(ask).format(name=name, args=argument, what=words.format(**values)), f"```python\n{source}```", {"tests": found}
+    return (
+        rng.choice(ask).format(name=name, args=argument, what=words.format(**values)),
+        f"```python\n{source}```",
+        {"tests": found},
+    )
 
 
 def _input(rng: random.Random, kind: str) -> Any:

@@ -228,6 +228,9 @@ def followed(constraints: list, text: str, loose: bool = False) -> list[bool]:
         texts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
         texts += [one.replace("*", "") for one in texts]
     return [
-        any(bool(one.strip()) and TYPES[name][1](one, **{k: v for k, v in (given or {}).items() if v is not None}) for one in texts)
+        any(
+            bool(one.strip()) and TYPES[name][1](one, **{k: v for k, v in (given or {}).items() if v is not None})
+            for one in texts
+        )
         for name, given in constraints
     ]

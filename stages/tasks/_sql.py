@@ -62,10 +62,16 @@ def _database(rng: random.Random) -> str:
 def passed(queries: list[str], checks: list[dict]) -> list[float]:
     """The share of each check's databases on which its query gives the expected rows, in any order unless one is asked."""
     outcomes = sandbox.run(
-        [sandbox.Query(query, [setup for setup, _ in check["tests"]]) for query, check in zip(queries, checks, strict=True)]
+        [
+            sandbox.Query(query, [setup for setup, _ in check["tests"]])
+            for query, check in zip(queries, checks, strict=True)
+        ]
     )
     return [
-        sum(_same(value, rows, check.get("ordered", False)) for value, (_, rows) in zip(outcome.values, check["tests"], strict=True))
+        sum(
+            _same(value, rows, check.get("ordered", False))
+            for value, (_, rows) in zip(outcome.values, check["tests"], strict=True)
+        )
         / len(check["tests"])
         for outcome, check in zip(outcomes, checks, strict=True)
     ]

@@ -47,7 +47,9 @@ def days_between(texts: list[str], start: str, end: str) -> list[str]:
 
 
 def weekday(texts: list[str], date: str) -> list[str]:
-    return ["Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()[datetime.date.fromisoformat(date).weekday()]]
+    return [
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()[datetime.date.fromisoformat(date).weekday()]
+    ]
 
 
 def convert_weight(texts: list[str], amount: float, unit: str, into: str) -> list[str]:
@@ -69,7 +71,12 @@ TOOLS: dict[str, tuple[Callable[..., list[str]], str, dict[str, Any]]] = {
 def schema(name: str) -> dict[str, Any]:
     """The tool in Hugging Face's form, as a chat template takes it."""
     _, description, properties = TOOLS[name]
-    parameters = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    parameters = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
@@ -106,5 +113,9 @@ def calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
             continue
         found += value if isinstance(value, list) else [value]
         start = end
-    pairs = [(c.get("tool_name", c.get("name")), c.get("parameters", c.get("arguments"))) for c in found if isinstance(c, dict)]
+    pairs = [
+        (c.get("tool_name", c.get("name")), c.get("parameters", c.get("arguments")))
+        for c in found
+        if isinstance(c, dict)
+    ]
     return [(name, given) for name, given in pairs if isinstance(name, str) and isinstance(given, dict)] or None

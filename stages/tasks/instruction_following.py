@@ -19,13 +19,23 @@ from stages.tasks._common import prompt
 
 @dataclass
 class Options:
-    types: list[str] = option(sorted(_constraints.TYPES), "instruction types, by their published names", choices=tuple(sorted(_constraints.TYPES)))
+    types: list[str] = option(
+        sorted(_constraints.TYPES),
+        "instruction types, by their published names",
+        choices=tuple(sorted(_constraints.TYPES)),
+    )
     constraints: int = option(3, "most instructions a prompt; each has 1 to this many")
     sentences: int = option(4, "most sentences that an answer begins from; what is asked for may add to them")
 
 
 TOPICS = "bridges gardens trains clouds whales poems songs kites wolves harbours rivers bees castles markets lamps boats".split()
-REQUESTS = ("Write about {t}.", "Tell me about {t}.", "Say something on the topic of {t}.", "I want to read about {t}.", "Describe {t}.")
+REQUESTS = (
+    "Write about {t}.",
+    "Tell me about {t}.",
+    "Say something on the topic of {t}.",
+    "I want to read about {t}.",
+    "Describe {t}.",
+)
 SAYINGS = (
     "Many people like {t}.", "One can learn a lot about {t}.", "There are old books on {t}.", "My uncle often talks of {t}.",
     "In our town there is a small museum of {t}.", "Children ask good questions about {t}.", "It takes years to know all about {t}.",
@@ -33,7 +43,9 @@ SAYINGS = (
     "Few things are as pleasant as {t} on a Sunday.", "The history of {t} is long, and it is not over yet.",
     "Painters, poets and cooks have praised {t}.",
 )  # fmt: skip
-KEYWORDS = "window letter morning honest copper ladder silver market gentle harbour pocket orange simple engine forest".split()
+KEYWORDS = (
+    "window letter morning honest copper ladder silver market gentle harbour pocket orange simple engine forest".split()
+)
 PLACEHOLDERS = "[name] [address] [date] [place] [number] [price]".split()
 ENDINGS = ("Any other questions?", "Is there anything else I can help with?")
 # Short texts for the instruction on the language, in the languages' own words.
@@ -107,7 +119,10 @@ def _answer(rng: random.Random, topic: str, request: str, names: list[str], opti
     spoken = given.get("language:response_language")
     more = SPEECH[spoken["language"]] if spoken else [s.format(t=topic) for s in SAYINGS[:8]]
     text = _shape(rng, given, body, more)
-    for name, one in (("title", f"<<On {topic}>>\n{text}"), ("json_format", json.dumps({"topic": topic, "text": text}))):
+    for name, one in (
+        ("title", f"<<On {topic}>>\n{text}"),
+        ("json_format", json.dumps({"topic": topic, "text": text})),
+    ):
         text = one if f"detectable_format:{name}" in given else text
     if "combination:repeat_prompt" in given:
         given["combination:repeat_prompt"] = {"prompt_to_repeat": request}
@@ -137,7 +152,9 @@ def _words(rng: random.Random, given: dict[str, dict], body: list[str]) -> None:
     if "keywords:frequency" in given:
         frequency, relation = rng.randint(1, 3), rng.choice(["less than", "at least"])
         given["keywords:frequency"] = {"keyword": once, "frequency": frequency, "relation": relation}
-        body += [f"Here is {'another' if i else 'a'} {once}." for i in range(frequency if relation == "at least" else 0)]
+        body += [
+            f"Here is {'another' if i else 'a'} {once}." for i in range(frequency if relation == "at least" else 0)
+        ]
     if "keywords:forbidden_words" in given:
         given["keywords:forbidden_words"] = {"forbidden_words": sorted([first, second])}
     if "detectable_content:number_placeholders" in given:
@@ -180,7 +197,11 @@ def _shape(rng: random.Random, given: dict[str, dict], body: list[str], more: Se
     if "length_constraints:nth_paragraph_first_word" in given:
         wanted, word = rng.randint(2, 4), rng.choice(KEYWORDS)
         nth = rng.randint(1, wanted)
-        given["length_constraints:nth_paragraph_first_word"] = {"num_paragraphs": wanted, "nth_paragraph": nth, "first_word": word}
+        given["length_constraints:nth_paragraph_first_word"] = {
+            "num_paragraphs": wanted,
+            "nth_paragraph": nth,
+            "first_word": word,
+        }
         parts = [text, *(spare() for _ in range(wanted - 1))]
         parts[nth - 1] = f"{word.capitalize()} is the word. {parts[nth - 1]}"
         return "\n\n".join(parts)
@@ -189,7 +210,10 @@ def _shape(rng: random.Random, given: dict[str, dict], body: list[str], more: Se
 
 def _measure(rng: random.Random, given: dict[str, dict], text: str) -> None:
     """Arguments of the instructions on amounts, from what the finished text has."""
-    for name, key, kind in (("length_constraints:number_words", "num_words", ""), ("keywords:letter_frequency", "let_frequency", "let_")):
+    for name, key, kind in (
+        ("length_constraints:number_words", "num_words", ""),
+        ("keywords:letter_frequency", "let_frequency", "let_"),
+    ):
         if name in given:
             letter = rng.choice("aeinorst" if rng.random() < 0.5 else "bcdfghklmpuwy")
             found = text.lower().count(letter) if kind else _constraints.words(text)

@@ -28,7 +28,9 @@ KINDS = ("needle", "multi_value", "multi_query", "variables", "words", "qa")
 
 @dataclass
 class Options:
-    lengths: list[int] = option([16000, 64000, 256000], "lengths of the haystack in characters, used in turn (about 4 a token)")
+    lengths: list[int] = option(
+        [16000, 64000, 256000], "lengths of the haystack in characters, used in turn (about 4 a token)"
+    )
     keys: int = option(4, "hidden numbers a prompt, one of them asked for; 1 is the plain needle")
     vocabulary: int = option(70, "different keys, the first ones of the list")
     digits: int = option(7, "digits of a hidden number")
@@ -58,7 +60,9 @@ ASK = (
 def check(options: Options) -> str:
     """What is wrong with the options, "" if nothing."""
     if not 1 <= options.keys <= options.vocabulary <= len(KEYS):
-        return f"keys={options.keys} and vocabulary={options.vocabulary}, expected 1 <= keys <= vocabulary <= {len(KEYS)}"
+        return (
+            f"keys={options.keys} and vocabulary={options.vocabulary}, expected 1 <= keys <= vocabulary <= {len(KEYS)}"
+        )
     if not 1 <= options.digits <= 15 or options.keys > 9 * 10 ** (options.digits - 1):
         return f"digits={options.digits} is not in 1..15 or too small for {options.keys} different numbers"
     if not options.lengths or min(options.lengths) < 50 * options.keys:
@@ -66,7 +70,9 @@ def check(options: Options) -> str:
     if not options.kinds or not 1 <= options.asked <= 8:
         return f"kinds={options.kinds} and asked={options.asked}, expected at least one kind and asked in 1..8"
     if "multi_query" in options.kinds and options.asked > options.keys:
-        return f"asked={options.asked} of keys={options.keys}; multi_query asks for hidden keys, raise keys or lower asked"
+        return (
+            f"asked={options.asked} of keys={options.keys}; multi_query asks for hidden keys, raise keys or lower asked"
+        )
     return ""
 
 
@@ -74,15 +80,22 @@ def generate(rng: random.Random, count: int, documents: list[dict], options: Opt
     """`count` haystacks from the documents' sentences. Raises CuveeError when there are none to build from."""
     hay = sentences(documents, rng)
     if not hay:
-        raise CuveeError("the long_context task found no sentence of 30 to 200 characters in the corpus; it needs prose")
+        raise CuveeError(
+            "the long_context task found no sentence of 30 to 200 characters in the corpus; it needs prose"
+        )
     if options.kinds == ["needle"]:
         return [_needle(rng, hay, options.lengths[i % len(options.lengths)], options) for i in range(count)]
     make: dict[str, Callable[..., dict]] = {"needle": _needle, "multi_value": _multi_value, "multi_query": _multi_query,
                                             "variables": _variables, "words": _words, "qa": _qa}  # fmt: skip
-    return [make[rng.choice(options.kinds)](rng, hay, options.lengths[i % len(options.lengths)], options) for i in range(count)]
+    return [
+        make[rng.choice(options.kinds)](rng, hay, options.lengths[i % len(options.lengths)], options)
+        for i in range(count)
+    ]
 
 
-def _haystack(rng: random.Random, hay: list[str], length: int, needles: list[str], keep_order: bool = False) -> tuple[str, int]:
+def _haystack(
+    rng: random.Random, hay: list[str], length: int, needles: list[str], keep_order: bool = False
+) -> tuple[str, int]:
     """`length` characters of text with the needles in it, and the first one's depth in percent."""
     room = length - sum(len(needle) + 1 for needle in needles)
     chosen, at = [], rng.randrange(len(hay))
@@ -91,7 +104,9 @@ def _haystack(rng: random.Random, hay: list[str], length: int, needles: list[str
         room -= len(chosen[-1]) + 1
         at += 1
     if keep_order:
-        for place, needle in reversed([*zip(sorted(rng.choices(range(len(chosen) + 1), k=len(needles))), needles, strict=True)]):
+        for place, needle in reversed(
+            [*zip(sorted(rng.choices(range(len(chosen) + 1), k=len(needles))), needles, strict=True)]
+        ):
             chosen.insert(place, needle)
         place = chosen.index(needles[0])
     else:
@@ -133,7 +148,9 @@ def _multi_value(rng: random.Random, hay: list[str], length: int, options: Optio
 def _multi_query(rng: random.Random, hay: list[str], length: int, options: Options) -> dict:
     keys = rng.sample(KEYS[: options.vocabulary], options.keys)
     values = _values(rng, options.keys, options)
-    text, depth = _haystack(rng, hay, length, [NEEDLE.format(key=k, value=v) for k, v in zip(keys, values, strict=True)])
+    text, depth = _haystack(
+        rng, hay, length, [NEEDLE.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
+    )
     asked = rng.sample(range(options.keys), options.asked)
     answer = " ".join(NEEDLE.format(key=keys[i], value=values[i]) for i in asked)
     question = f"What are the magic numbers for {', '.join(keys[i] for i in asked)}, in this order?"
@@ -157,7 +174,9 @@ def _variables(rng: random.Random, hay: list[str], length: int, options: Options
 
 def _words(rng: random.Random, hay: list[str], length: int, options: Options) -> dict:
     """Coded words in the text, `asked` of them three times as often as the others."""
-    coded = ["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)) for _ in range(3 * options.asked)]
+    coded = [
+        "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)) for _ in range(3 * options.asked)
+    ]
     coded = sorted(set(coded), key=coded.index)
     often = coded[: options.asked]
     times = max(2, min(30, length // 400 // len(coded)))
@@ -165,7 +184,14 @@ def _words(rng: random.Random, hay: list[str], length: int, options: Options) ->
     rng.shuffle(listed)
     text, depth = _haystack(rng, hay, length, [f"Code {word}." for word in listed])
     question = f"Which {options.asked} code words stand most often in the text?"
-    return _asked(text, question, f"{', '.join(sorted(w.upper() for w in often))}.", depth, length, words=sorted(w.upper() for w in often))
+    return _asked(
+        text,
+        question,
+        f"{', '.join(sorted(w.upper() for w in often))}.",
+        depth,
+        length,
+        words=sorted(w.upper() for w in often),
+    )
 
 
 def _qa(rng: random.Random, hay: list[str], length: int, options: Options) -> dict:
@@ -176,7 +202,9 @@ def _qa(rng: random.Random, hay: list[str], length: int, options: Options) -> di
     facts += [f"The {h} stands in {t}." for h, t in zip(houses, towns, strict=True)]
     text, depth = _haystack(rng, hay, length, facts)
     question = f"In which town does {people[0]} work?"
-    return _asked(text, question, f"{people[0]} works in {towns[0]}.", depth, length, words=[towns[0]], among=sorted(towns))
+    return _asked(
+        text, question, f"{people[0]} works in {towns[0]}.", depth, length, words=[towns[0]], among=sorted(towns)
+    )
 
 
 def verify(prompt: dict, completion: str) -> float:

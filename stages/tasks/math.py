@@ -18,7 +18,9 @@ from stages.tasks._common import numbers, prompt
 OPERATIONS = ("add", "subtract", "multiply", "divide")
 TOPICS = ("stories", *_exercises.TOPICS)
 # Of LaTeX, what may stand in an answer: a model writes it, and sympy would set out to compute 9^(9^9) or a sum to 10^9.
-COMMANDS = set("frac dfrac tfrac sqrt pi cdot times left right pm circ infty log ln exp sin cos tan text mathrm cup in".split())
+COMMANDS = set(
+    "frac dfrac tfrac sqrt pi cdot times left right pm circ infty log ln exp sin cos tan text mathrm cup in".split()
+)
 LONGEST, POWERS = 120, 10000  # characters of an answer; the product of its exponents
 _EXPONENT = r"\^\s*(\{[^{}]*\}|\([^()]*\)|-?\w+)"
 
@@ -29,13 +31,20 @@ class Options:
     steps: int = option(3, "most steps of a story; each story has 1 to this many")
     operations: list[str] = option(list(OPERATIONS), "what a step may do; multiply and divide only in stories of one step",
                                    choices=OPERATIONS)  # fmt: skip
-    topics: list[str] = option(["stories"], "kinds of problems, each as often; stories have the options above", choices=TOPICS)
+    topics: list[str] = option(
+        ["stories"], "kinds of problems, each as often; stories have the options above", choices=TOPICS
+    )
     levels: list[int] = option([1, 2, 3], "levels of the exercises, 1 to 3, each as often")
 
 
 WHO = "farmer teacher baker sailor doctor painter driver gardener student child cook guard".split()
 THINGS = "apples books coins cups eggs cards keys lamps nuts pens plates shells stones tickets".split()
-ASK = ("How many {t} are there now?", "How many {t} does that make?", "How many {t} are left in the end?", "How many {t}?")
+ASK = (
+    "How many {t} are there now?",
+    "How many {t} does that make?",
+    "How many {t} are left in the end?",
+    "How many {t}?",
+)
 START = ("A {w} has {a} {t}", "There are {a} {t} on a table", "A {w} starts with {a} {t}", "A box holds {a} {t}")
 ADD = ("gets {b} more", "finds {b} more", "buys {b} more", "adds {b} more", "is given {b} more")
 SUBTRACT = ("loses {b}", "gives away {b}", "sells {b}", "breaks {b}", "takes {b} away")
@@ -56,7 +65,9 @@ def check(options: Options) -> str:
     if options.max_number < 4 or options.steps < 1 or not options.operations:
         return "a story needs max_number of at least 4, steps of at least 1 and one of the operations"
     if not options.topics or not options.levels or not set(options.levels) <= {1, 2, 3}:
-        return f"levels={options.levels} and topics={options.topics}, expected levels of 1, 2 or 3 and at least one topic"
+        return (
+            f"levels={options.levels} and topics={options.topics}, expected levels of 1, 2 or 3 and at least one topic"
+        )
     return ""
 
 

@@ -21,7 +21,12 @@ from tests.unit.test_tasks_options import TALES
 def test_chunks_are_whole_sentences_with_the_begin_of_their_text():
     text = "One is here. Two is there!  Three\nFour and a very long sentence which is longer than a chunk. Five."
     found = chunks(text, 30)
-    assert [c.text for c in found] == ["One is here. Two is there!", "Three", "Four and a very long sentence which is longer than a chunk.", "Five."]
+    assert [c.text for c in found] == [
+        "One is here. Two is there!",
+        "Three",
+        "Four and a very long sentence which is longer than a chunk.",
+        "Five.",
+    ]
     assert [c.context for c in found] == ["", *["One is here. Two is there!"] * 3] and chunks("", 10) == []
 
 
@@ -56,14 +61,19 @@ def test_calls_are_read_in_all_forms():
     one = [("weekday", {"date": "2024-01-01"})]
     assert _tools.calls('[{"tool_call_id": "0", "tool_name": "weekday", "parameters": {"date": "2024-01-01"}}]') == one
     assert _tools.calls('I look.\n{"name": "weekday", "arguments": {"date": "2024-01-01"}} ') == one
-    assert _tools.calls('{"tool_name": "a", "parameters": {}}\n{"tool_name": "b", "parameters": {}}') == [("a", {}), ("b", {})]
+    assert _tools.calls('{"tool_name": "a", "parameters": {}}\n{"tool_name": "b", "parameters": {}}') == [
+        ("a", {}),
+        ("b", {}),
+    ]
     assert _tools.calls('Thought: x\nAction: weekday\nAction Input: {"date": "2024-01-01"}') == one
     assert _tools.calls("Action: weekday\nAction Input: today") == [("weekday", {})]
     assert _tools.calls("No call, but [1] and {x}.") is None and _tools.calls('[{"name": 3}]') is None
 
 
 def rows(form, count=120):
-    return rag.generate(random.Random(5), count, TALES, stage.parse(rag.Options, {"kinds": ["agent"], "form": form}, "x"))
+    return rag.generate(
+        random.Random(5), count, TALES, stage.parse(rag.Options, {"kinds": ["agent"], "form": form}, "x")
+    )
 
 
 @pytest.mark.parametrize("form", rag.FORMS)
@@ -80,7 +90,9 @@ def test_turns_of_an_agent(form):
     for one in finals:
         span, (call, result) = one["check"]["span"], one["check"]["cites"]
         assert rag.verify(one, f"<co>{span}</co: {call}:[{result + 1}]>") == 0.5
-        assert rag.verify(one, f"It is {span}.") == 0.0 == rag.verify(one, 'Action: search\nAction Input: {"query": "x"}')
+        assert (
+            rag.verify(one, f"It is {span}.") == 0.0 == rag.verify(one, 'Action: search\nAction Input: {"query": "x"}')
+        )
     judged = citation.Reward()(finals, [[p["answer"]] for p in finals])
     assert judged == [[1.0]] * len(finals), "each cited result says the span"
     assert schema.Reward()(calling, [[p["answer"]] for p in calling]) == [[1.0]] * len(calling)
@@ -88,9 +100,15 @@ def test_turns_of_an_agent(form):
 
 def test_another_wording_of_a_search_is_as_good():
     texts = ["The red box holds a key.", "The blue bag costs 3 coins.", "The cat sleeps."]
-    one = {"messages": [], "check": {"kind": "agent", "texts": texts, "calls": [["search", {"query": "the red box holds"}]]}}
+    one = {
+        "messages": [],
+        "check": {"kind": "agent", "texts": texts, "calls": [["search", {"query": "the red box holds"}]]},
+    }
     ask = 'Action: search\nAction Input: {{"query": "{}"}}'
-    assert rag.verify(one, ask.format("what is in the red box?")) == 1.0 and rag.verify(one, ask.format("sleeping cat")) == 0.25
+    assert (
+        rag.verify(one, ask.format("what is in the red box?")) == 1.0
+        and rag.verify(one, ask.format("sleeping cat")) == 0.25
+    )
     assert rag.verify(one, ask.format("red box") + "\n" + ask.format("red box")) == 0.25, "one call too many"
 
 
@@ -123,8 +141,14 @@ def test_a_turn_as_text():
     """What the tokenizer is trained on and what reports show."""
     call = {"id": "0", "type": "function", "function": {"name": "search", "arguments": {"query": "é"}}}
     assert said({"role": "user", "content": "a"}) == "a" and said({"role": "assistant"}) == ""
-    assert said({"role": "tool", "content": [{"type": "text", "text": "a"}, {"document": 1}, "b"]}) == 'a\n{"document": 1}\nb'
-    assert said({"role": "assistant", "content": "", "tool_calls": [call]}) == '{"name": "search", "arguments": {"query": "é"}}'
+    assert (
+        said({"role": "tool", "content": [{"type": "text", "text": "a"}, {"document": 1}, "b"]})
+        == 'a\n{"document": 1}\nb'
+    )
+    assert (
+        said({"role": "assistant", "content": "", "tool_calls": [call]})
+        == '{"name": "search", "arguments": {"query": "é"}}'
+    )
 
 
 def test_the_same_question_on_other_documents_is_another_prompt(tmp_path):
@@ -138,7 +162,11 @@ def test_the_same_question_on_other_documents_is_another_prompt(tmp_path):
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     out.mkdir(), scratch.mkdir()
     corpus = stage.Artifact(tmp_path, stage.Kind.CORPUS, "c", {})
-    assert prompts.run(config, {"corpus": corpus}, out, stage.Context(scratch)) == {"train": 60, "heldout": 20, "rejected": 0}
+    assert prompts.run(config, {"corpus": corpus}, out, stage.Context(scratch)) == {
+        "train": 60,
+        "heldout": 20,
+        "rejected": 0,
+    }
     made = {s: [json.loads(line) for line in open(out / f"{s}.jsonl")] for s in ("train", "heldout")}
     keys = {s: {json.dumps([p["messages"], p["documents"]]) for p in made[s]} for s in made}
     assert len(keys["train"]) == 60 and not keys["train"] & keys["heldout"]
@@ -148,5 +176,11 @@ def test_the_same_question_on_other_documents_is_another_prompt(tmp_path):
     out, scratch = tmp_path / "own", tmp_path / "own-scratch"
     out.mkdir(), scratch.mkdir()
     config = stage.parse(prompts.Config, {"domain": "rag", "train": 0, "heldout": 0, "files": [str(own)]}, "x")
-    assert prompts.run(config, {"corpus": corpus}, out, stage.Context(scratch)) == {"train": 20, "heldout": 0, "rejected": 0}
-    assert [json.loads(line)["tools"] for line in open(out / "train.jsonl")] == [p["tools"] for p in rows("template", 20)]
+    assert prompts.run(config, {"corpus": corpus}, out, stage.Context(scratch)) == {
+        "train": 20,
+        "heldout": 0,
+        "rejected": 0,
+    }
+    assert [json.loads(line)["tools"] for line in open(out / "train.jsonl")] == [
+        p["tools"] for p in rows("template", 20)
+    ]

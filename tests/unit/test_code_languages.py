@@ -50,7 +50,9 @@ def test_generation_needs_no_interpreter_and_checking_says_what_is_missing(monke
     options = stage.parse(code.Options, {"languages": ["rust"]}, "options")
     made = code.generate(random.Random(0), 20, [], options)
     assert json.loads(json.dumps(made)) == made
-    assert {p["check"]["written_in"] for p in made} == {"rust"} and all("In Rust: " in p["messages"][0]["content"] for p in made)
+    assert {p["check"]["written_in"] for p in made} == {"rust"} and all(
+        "In Rust: " in p["messages"][0]["content"] for p in made
+    )
     assert code.verify_batch(made[:1], ["no code"]) == [-1.0], "what needs no run needs no compiler"
     with pytest.raises(CuveeError, match="'rustc' is not on this machine's PATH; install it, or leave rust out"):
         code.verify(made[0], made[0]["answer"])
@@ -70,4 +72,7 @@ def test_languages_mix_and_keep_their_order():
 def test_blocks_are_found_by_their_language():
     text = "```text\nno\n```\n```C++\nx\n```\n```cpp\ny\n```"
     assert code.code_block(text, "cpp") == "x\n" and code.code_block("```\nz\n```", "java") == "z\n"
-    assert code.code_block("```java\nz\n```", "javascript") is None and code.code_block("```js\nz\n```", "javascript") == "z\n"
+    assert (
+        code.code_block("```java\nz\n```", "javascript") is None
+        and code.code_block("```js\nz\n```", "javascript") == "z\n"
+    )

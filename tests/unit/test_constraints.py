@@ -61,7 +61,10 @@ def test_loose_measure_forgives_an_opening_and_asterisks():
 
 def test_conflicts_are_symmetric_and_as_published():
     """Sets of one to five types without a conflict, counted from the table as the paper's authors published it: 16,459."""
-    assert all(name in CONFLICTS[name] and all(name in CONFLICTS[other] for other in others) for name, others in CONFLICTS.items())
+    assert all(
+        name in CONFLICTS[name] and all(name in CONFLICTS[other] for other in others)
+        for name, others in CONFLICTS.items()
+    )
     names, sets = sorted(TYPES), [()]
     count = 0
     for _ in range(5):

@@ -70,20 +70,41 @@ def test_exercises_are_right():
         assert eval(question.removeprefix("Calculate ").removesuffix(".")) == int(value)
         question, _, value = _exercises.fractions(rng, rng.randint(1, 3))
         p, symbol, q = question.removeprefix("What is ").split(" as ")[0].split(" ")
-        wanted = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, ":": Fraction.__truediv__}[symbol](Fraction(p), Fraction(q))
+        wanted = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, ":": Fraction.__truediv__}[
+            symbol
+        ](Fraction(p), Fraction(q))
         assert math.verify({"check": {"value": value}}, f"Answer: {wanted}") == 1.0, (question, value)
 
 
 def test_math_answers_in_other_forms_and_those_that_would_never_end():
     one = {"check": {"value": "\\frac{1}{2}"}}
-    for right in ("Answer: 1/2", "Answer: $0.5$.", "so \\boxed{\\frac{2}{4}}", "The answer is 0.50", "Answer: 2. No: \\boxed{\\dfrac{1}{2}}"):
+    for right in (
+        "Answer: 1/2",
+        "Answer: $0.5$.",
+        "so \\boxed{\\frac{2}{4}}",
+        "The answer is 0.50",
+        "Answer: 2. No: \\boxed{\\dfrac{1}{2}}",
+    ):
         assert math.verify(one, right) == 1.0, right
-    for wrong in ("Answer: 2", "Answer: 1/3", "\\boxed{1}", "Answer: 9^{9^{9^9}}", "Answer: 10^10^10^10", "Answer: (99!)!", "Answer: \\sum_{i=1}^{9} i"):
+    for wrong in (
+        "Answer: 2",
+        "Answer: 1/3",
+        "\\boxed{1}",
+        "Answer: 9^{9^{9^9}}",
+        "Answer: 10^10^10^10",
+        "Answer: (99!)!",
+        "Answer: \\sum_{i=1}^{9} i",
+    ):
         assert math.verify(one, wrong) == 0.0, wrong
     assert math.verify(one, "It is 1/2, I think.") == -0.5 and math.verify(one, "") == -0.5
     polynomial = {"check": {"value": "12x^3 + x^2"}}
-    assert math.verify(polynomial, "Answer: $x^2(12x+1)$") == 1.0 and math.verify(polynomial, "Answer: $x^2(12x-1)$") == 0.0
-    assert math.final("\\boxed{\\frac{1}{2}} or \\boxed{\\sqrt{2}} done") == "\\sqrt{2}" and math.final("\\boxed{1") == ""
+    assert (
+        math.verify(polynomial, "Answer: $x^2(12x+1)$") == 1.0
+        and math.verify(polynomial, "Answer: $x^2(12x-1)$") == 0.0
+    )
+    assert (
+        math.final("\\boxed{\\frac{1}{2}} or \\boxed{\\sqrt{2}} done") == "\\sqrt{2}" and math.final("\\boxed{1") == ""
+    )
 
 
 def test_long_context_counts_shares_and_wrong_ones():
@@ -93,15 +114,22 @@ def test_long_context_counts_shares_and_wrong_ones():
     ordered = {"check": {"numbers": [11, 22], "ordered": True}}
     assert long_context.verify(ordered, "11, then 22") == 1.0 and long_context.verify(ordered, "22, then 11") == 0.0
     names = {"check": {"words": ["VAR_OAK", "VAR_FIR"]}}
-    assert long_context.verify(names, "VAR_FIR and VAR_OAK") == 1.0 and long_context.verify(names, "VAR_FIR, VAR_ELM") == 0.0
+    assert (
+        long_context.verify(names, "VAR_FIR and VAR_OAK") == 1.0
+        and long_context.verify(names, "VAR_FIR, VAR_ELM") == 0.0
+    )
     town = {"check": {"words": ["Arden"], "among": ["Arden", "Oakham"]}}
-    assert long_context.verify(town, "She works in Arden.") == 1.0 and long_context.verify(town, "Arden or Oakham") == 0.0
+    assert (
+        long_context.verify(town, "She works in Arden.") == 1.0 and long_context.verify(town, "Arden or Oakham") == 0.0
+    )
     chain = long_context.Options(kinds=["variables"], lengths=[4000], asked=3)
     for one in long_context.generate(random.Random(0), 20, DOCUMENTS, chain):
         text, given = one["messages"][0]["content"], {}
         for line in __import__("re").findall(r"(VAR_\w+) = (\w+)\.", text):
             given[line[0]] = given.get(line[1], line[1])  # follows the text from its beginning to its end
-        asked = next(word for word in text.split() if word.rstrip(",").isdigit() and f"value {word}" in text).rstrip(",")
+        asked = next(word for word in text.split() if word.rstrip(",").isdigit() and f"value {word}" in text).rstrip(
+            ","
+        )
         assert {name for name, value in given.items() if value == asked} == set(one["check"]["words"])
 
 
@@ -111,7 +139,9 @@ def test_multilingual_pairs_come_from_the_users_file(tmp_path):
     rows += [{"source": "Guten Tag.", "target": "Bonjour.", "from": "de", "to": "fr"}, {"en": "x", "tlh": "y"}]
     file.write_text("nonsense\n[1]\n" + "\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     options = {"categories": ["pairs"], "file": str(file)}
-    config = stage.parse(prompts.Config, {"domain": "multilingual", "train": 60, "heldout": 20, "options": options}, "x")
+    config = stage.parse(
+        prompts.Config, {"domain": "multilingual", "train": 60, "heldout": 20, "options": options}, "x"
+    )
     assert list(prompts.external(config)) == [str(file)]
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     out.mkdir(), scratch.mkdir()
@@ -145,7 +175,12 @@ def test_sql_rows_count_and_their_order_only_where_it_is_asked():
     block = "```sql\n{};\n```"
     judge = lambda query, ordered=False: code.verify({"check": {**check, "ordered": ordered}}, block.format(query))  # noqa: E731
     assert judge("SELECT n, s FROM t") == judge("SELECT n, s FROM t ORDER BY n") == judge("select * from t") == 1.0
-    assert judge("SELECT n, s FROM t ORDER BY n", ordered=True) == judge("SELECT s, n FROM t") == judge("SELECT nothing FROM t") == 0.0
+    assert (
+        judge("SELECT n, s FROM t ORDER BY n", ordered=True)
+        == judge("SELECT s, n FROM t")
+        == judge("SELECT nothing FROM t")
+        == 0.0
+    )
     for attack in ("DELETE FROM t", "ATTACH '/etc/passwd' AS x", "PRAGMA journal_mode", "SELECT load_extension('x')", "DROP TABLE t",
                    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c", "SELECT zeroblob(1000000000)"):  # fmt: skip
         assert judge(attack) == 0.0, attack
