@@ -9,6 +9,7 @@ import errno
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -247,10 +248,17 @@ def ancestors(store: Any, found: Any) -> dict[str, dict[str, Any]]:
 def environment() -> dict[str, str]:
     """What the bytes may depend on besides recipe and code: interpreter, machine, library versions, code version."""
     libraries = ("cuvee", "torch", "megatron-core", "transformers", "tokenizers", "numpy")
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
-                            capture_output=True, text=True).stdout.strip()
     return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(),
-            "commit": commit, **{name: _version(name) for name in libraries}}
+            "commit": _commit(), **{name: _version(name) for name in libraries}}
+
+
+def _commit() -> str:
+    """The code's version: what an image was built from (it has no Git), or what the checkout is at."""
+    if built := os.environ.get("CUVEE_COMMIT"):
+        return built
+    git = shutil.which("git")
+    asked = [git, "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip() if git else ""
 
 
 def _version(name: str) -> str:

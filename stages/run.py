@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,8 @@ def _finish(spec: dict[str, Any], outcome: dict[str, Any], status: int) -> int:
 
 if __name__ == "__main__":
     passive_threads()
+    # In every rank of every start it advises to install Apex; what is used in its place is what is meant.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     if ranks()[1] > 1:  # kill -9 of the launcher must not leave ranks that write on
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:

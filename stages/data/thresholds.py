@@ -20,7 +20,7 @@ class Scored(str):
         return made
 
 
-Found = dict[str, dict[str, Any]]  # block -> threshold, histogram, and rows (distance, id, score, text) of either side
+Found = dict[str, dict[str, Any]]  # "block:threshold" -> threshold, histogram, and rows (distance, id, score, text) of either side
 
 
 def see(found: Found, block: str, documents: list[Document], verdicts: list[str]) -> None:
@@ -31,25 +31,25 @@ def see(found: Found, block: str, documents: list[Document], verdicts: list[str]
             side = {"removed" if verdict else "kept": [row]}
             histogram = [0] * BINS
             histogram[max(0, min(int(verdict.score * BINS), BINS - 1))] = 1
-            _add(found, block, {"threshold": verdict.threshold, "histogram": histogram, "kept": [], "removed": [], **side})
+            _add(found, f"{block}:{verdict.threshold:g}", {"threshold": verdict.threshold, "histogram": histogram, "kept": [], "removed": [], **side})
 
 
 def merge(parts: list[Found]) -> list[dict[str, Any]]:
-    """All shards as one: a row a block, its nearest documents as id, score, text, the nearest first."""
+    """All shards as one: a row a block and threshold, its nearest documents as id, score, text, the nearest first."""
     total: Found = {}
     for part in parts:
-        for block, one in part.items():
-            _add(total, block, one)
+        for key, one in part.items():
+            _add(total, key, one)
     names = ("id", "score", "text")
     return [
-        {"block": block, "threshold": one["threshold"], "histogram": one["histogram"],
+        {"block": key.rpartition(":")[0], "threshold": one["threshold"], "histogram": one["histogram"],
          **{side: [dict(zip(names, row[1:], strict=True)) for row in one[side]] for side in ("kept", "removed")}}
-        for block, one in total.items()
+        for key, one in total.items()
     ]  # fmt: skip
 
 
-def _add(found: Found, block: str, one: dict[str, Any]) -> None:
-    before = found.setdefault(block, {"threshold": one["threshold"], "histogram": [0] * BINS, "kept": [], "removed": []})
+def _add(found: Found, key: str, one: dict[str, Any]) -> None:
+    before = found.setdefault(key, {"threshold": one["threshold"], "histogram": [0] * BINS, "kept": [], "removed": []})
     before["histogram"] = [a + b for a, b in zip(before["histogram"], one["histogram"], strict=True)]
     for side in ("kept", "removed"):
         if one[side] and (len(before[side]) < NEAREST or one[side][0] < before[side][-1]):

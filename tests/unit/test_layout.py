@@ -166,7 +166,7 @@ def test_clusters_have_the_same_fields_and_stages_that_train_are_distributed():
     from flows.config import CONF, stage_names
     from stages.stage import load
 
-    fields = {path.stem: sorted(yaml.safe_load(path.read_text())) for path in (CONF / "cluster").glob("*.yaml")}
-    assert all(found == fields["local"] for found in fields.values())
+    fields = {path.stem: set(yaml.safe_load(path.read_text())) for path in (CONF / "cluster").glob("*.yaml")}
+    assert all(found >= fields["local"] for found in fields.values())  # a launcher may have fields of its own
     for name in stage_names():
         assert getattr(load(name), "DISTRIBUTED", False) == issubclass(load(name).Config, TrainConfig), name

@@ -20,7 +20,7 @@ FAR, NEAR = 350, 290
 @dataclass
 class Config:
     languages: list[str] = option(LANGUAGES, "ISO 639-1 codes of the languages to keep")
-    min_ratio: float = option(0.5, "smallest probability of the best of them, as a share of the likeliest language's of all")
+    min_ratio: float = option(0.5, "short texts: least probability of the best of them, as a share of the likeliest language's of all")
     min_characters: int = option(300, "a shorter document keeps the language its source declares")
 
 
@@ -40,19 +40,20 @@ def clean(document: Document, config: Config) -> str:
         return "" if wanted else f"language not wanted: {document.language}"
     if (certain := _certain(text)) in config.languages:
         document.language = certain
-        return Scored("", 1.0, config.min_ratio)
+        return ""
     middle = len(text) // 2
     looked_at = text if len(text) <= 2 * SAMPLE else f"{text[:SAMPLE]}\n{text[middle : middle + SAMPLE]}"
     likeliest, most = _identifier().classify(looked_at)
     found, probability = likeliest, most
+    least = config.min_ratio if len(text) < config.min_characters else 1.0
     if likeliest not in config.languages:  # a short text is easily taken for one of eighty others
         ranked = _identifier().rank(looked_at)
         found, probability = next(((code, p) for code, p in ranked if code in config.languages), ("", 0.0))
     ratio = probability / most
-    if ratio < config.min_ratio:
-        return Scored(f"language not wanted: {likeliest} ({most:.2f})", ratio, config.min_ratio)
+    if ratio < least:
+        return Scored(f"language not wanted: {likeliest} ({most:.2f})", ratio, least)
     document.language = found
-    return Scored("", ratio, config.min_ratio)
+    return Scored("", ratio, least)
 
 
 def _certain(text: str) -> str:
