@@ -8,7 +8,7 @@ from typing import Any
 from stages.chat.messages import said
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "model": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),

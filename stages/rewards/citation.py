@@ -43,9 +43,10 @@ def _expected(check: dict[str, Any]) -> set[tuple[int, int]] | None:
 
 def sources(prompt: dict[str, Any]) -> Sources:
     """What a completion of the prompt may cite, by the number of its call and of its result."""
-    words = lambda value: (
-        value if isinstance(value, str) else value.get("text") or json.dumps(value, ensure_ascii=False)
-    )  # noqa: E731
+
+    def words(value: Any) -> str:
+        return value if isinstance(value, str) else value.get("text") or json.dumps(value, ensure_ascii=False)
+
     found: Sources = {(0, i): words(document) for i, document in enumerate(prompt.get("documents") or [])}
     call, turns = int(bool(found)), prompt["messages"]
     for turn in turns:

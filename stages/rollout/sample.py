@@ -16,7 +16,7 @@ from stages.rollout._collect import (
 )
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
 
-VERSION = "2"
+VERSION = "3"
 INPUTS = {
     "policy": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),

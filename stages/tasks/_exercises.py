@@ -149,9 +149,11 @@ def derivatives(rng: random.Random, level: int) -> Exercise:
     """The derivative of a polynomial, at level 1 at a point."""
     powers = sorted(rng.sample(range(1, 3 + level), min(3, 1 + level)), reverse=True)
     terms = [(rng.choice([-5, -3, -2, 2, 3, 4, 7]), p) for p in powers]
-    write = lambda parts: " ".join(
-        f"{_signed(c)}{'' if p == 0 else 'x' if p == 1 else f'x^{p}'}" for c, p in parts
-    ).removeprefix("+ ")  # noqa: E731
+
+    def write(parts: list[tuple[int, int]]) -> str:
+        words = (f"{_signed(c)}{'' if p == 0 else 'x' if p == 1 else f'x^{p}'}" for c, p in parts)
+        return " ".join(words).removeprefix("+ ")
+
     derived = [(c * p, p - 1) for c, p in terms]
     if level == 1:
         x = rng.randint(-3, 4)

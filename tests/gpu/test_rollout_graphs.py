@@ -61,9 +61,8 @@ def test_few_slots_serve_many_rows(engine, prompts, monkeypatch):
     from stages.rollout.engines import transformers as engines
 
     exact(engine)
-    draw = lambda: engine.generate(
-        prompts * 4, n=4, max_new_tokens=64, temperature=1.0, seed=1, stop=list(range(0, 270, 30))
-    )  # noqa: E731
+    stop = list(range(0, 270, 30))
+    draw = lambda: engine.generate(prompts * 4, n=4, max_new_tokens=64, temperature=1.0, seed=1, stop=stop)  # noqa: E731
     whole = draw()
     monkeypatch.setitem(engines.ROWS, "cuda", 32)
     engine.slots = None
