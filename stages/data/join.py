@@ -38,9 +38,8 @@ class Keys:
             file = Path(f"{path}.{self.name}.keys")
             if file.exists():
                 dtype = np.dtype([tuple(part) for part in json.loads(Path(f"{path}.{self.name}.dtype").read_text())])
-                rows = np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
-                for start in range(0, len(rows), ROWS):
-                    part = np.array(rows[start : start + ROWS])
+                for start in range(0, file.stat().st_size // dtype.itemsize, ROWS):
+                    part = np.fromfile(file, dtype, ROWS, offset=start * dtype.itemsize)
                     part["document"] += offset
                     yield part[self.alive[part["document"]]]
             offset += count
