@@ -62,7 +62,7 @@ class Chaos:
     """One machine's worth of servers, and the recipes that run on it. gap: seconds between two kills, at least and at
     most. real: Ceph and MLflow rather than moto and a tracking server that is never there."""
 
-    def __init__(self, folder: Path, seed: int, recipe: tuple[str, ...] = RECIPE, gap: tuple[float, float] = (1.0, 12.0),
+    def __init__(self, folder: Path, seed: int, recipe: tuple[str, ...] = RECIPE, gap: tuple[float, float] = (0.5, 6.0),
                  kinds: tuple[str, ...] = (), real: bool = True):
         self.folder, self.random, self.recipe, self.gap = folder, random.Random(seed), recipe, gap
         self.tally, self.down_until, self._last_kill = Tally(), 0.0, 0.0
