@@ -61,8 +61,8 @@ class Mlflow:
         import mlflow
 
         if self._client is None:
-            # Asked before set_tracking_uri, which sets the variable. A server of the user's has a place of its own.
-            self._location = None if os.environ.get("MLFLOW_TRACKING_URI") else (state_dir() / "mlruns").as_uri()
+            # A server has a place of its own for files; beside a database it would be the working directory.
+            self._location = None if tracking_uri().startswith("http") else (state_dir() / "mlruns").as_uri()
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a stage
             mlflow.set_tracking_uri(tracking_uri())
             self._mlflow, self._client = mlflow, mlflow.MlflowClient(tracking_uri())
