@@ -203,6 +203,8 @@ def test_a_silent_holder_is_replaced_by_one_of_two_and_learns_of_it(store, monke
     assert not holder._still_mine()
     holder.release(done=True)
     winner = waiters[won.index(True)]
+    winner._stop.set()  # a lease's heartbeats come from one thread: this one asks now
+    winner._beater.join()
     assert winner._still_mine()
     winner.release()
     assert store.lease("f" * 32).acquire()
