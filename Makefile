@@ -14,7 +14,7 @@ run: $(STAMP)
 	$(BIN)/cuvee run $(ARGS)
 
 test: $(TESTS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # torch goes first, by its exact version: any other request makes pip fetch gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt
