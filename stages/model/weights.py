@@ -152,20 +152,13 @@ def tensors(
 
     value: a parameter -> its FP32 value on this rank, e.g. the optimizer's main weight.
     """
-    parameters = by_name(model)
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    parameters, group = by_name(model), parallel_state.get_tensor_model_parallel_group()
     for row in rows:
-        parameter = parameters.get(row.name)
-        whole = None
-        if parameter is not None:
-            shape = list(row.whole)
-            if row.split is not None:
-                shape[row.split] //= ranks
-            whole = value(parameter).reshape(shape)
-            if row.split is not None and ranks > 1:
-                parts = [torch.empty_like(whole) for _ in range(ranks)]
-                dist.all_gather(parts, whole.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-                whole = torch.cat(parts, row.split)
+        whole = _part(parameters, row, value)
+        if whole is not None and row.split is not None and dist.get_world_size(group) > 1:
+            parts = [torch.empty_like(whole) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, whole.contiguous(), group=group)
+            whole = torch.cat(parts, row.split)
         yield from zip(row.hf, row.divide(_from_owner(whole, row)), strict=True)
 
 
@@ -180,8 +173,48 @@ def save(
     model: Model | list[Model], rows: list[Row], out: Path, value: Callable[[Parameter], Tensor] = _as_float,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
-    """Write the model's safetensors to `out` from rank 0 as FP32; a collective."""
-    write(out, _shapes(rows), tensors(model, rows, value), torch.float32, shard_bytes, dist.get_rank() == 0)
+    """Write the model's safetensors to `out` from rank 0 as FP32; a collective. No rank holds more than its share of one
+    row, but for rank 0, in host memory, one row whole beside the file that it fills."""
+    source = _to_first(by_name(model), rows, value)
+    if dist.get_rank() == 0:
+        write(out, _shapes(rows), source, torch.float32, shard_bytes)
+    for _ in source:  # the other ranks' part in it
+        pass
+
+
+def _to_first(
+    parameters: dict[str, Parameter], rows: list[Row], value: Callable[[Parameter], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """What `tensors` gives, on rank 0 alone and in host memory; the others send it what they hold."""
+    group = parallel_state.get_model_parallel_group()
+    here, held = dist.get_rank(group), [None] * dist.get_world_size(group)
+    dist.all_gather_object(held, set(parameters), group=group)
+    for row in rows:
+        part = _part(parameters, row, value)
+        holders = [rank for rank, names in enumerate(held) if row.name in names]
+        holders = holders[: 1 if row.split is None else None]
+        if dist.get_global_rank(group, 0) or here not in (0, *holders):
+            continue  # another replica of the model, or nothing of this row
+        if here:
+            dist.send(part.cpu().contiguous(), group=group, group_dst=0)
+            continue
+        parts = [part.cpu() if holder == 0 else torch.empty(_shape(row)) for holder in holders]
+        for holder, received in zip(holders, parts, strict=True):
+            if holder:
+                dist.recv(received, group=group, group_src=holder)
+        whole = torch.cat(parts, row.split) if len(parts) > 1 else parts[0]
+        yield from zip(row.hf, row.divide(whole), strict=True)
+
+
+def _part(parameters: dict[str, Parameter], row: Row, value: Callable[[Parameter], Tensor]) -> Tensor | None:
+    """This tensor-parallel rank's share of a row; None where another pipeline stage has it."""
+    return value(parameters[row.name]).reshape(_shape(row)) if row.name in parameters else None
+
+
+def _shape(row: Row) -> list[int]:
+    """Of one tensor-parallel rank's share of a row."""
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    return [size // ranks if i == row.split else size for i, size in enumerate(row.whole)]
 
 
 def write(
@@ -190,12 +223,9 @@ def write(
     source: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
-    writer: bool = True,
 ) -> None:
-    """Write the safetensors of `source`, in the order of `shapes`, holding at most `shard_bytes` at a time.
-
-    The bytes are a function of the weights alone. Ranks that are not the writer only take part in making `source`.
-    """
+    """Write the safetensors of `source`, in the order of `shapes`, holding a file (at most `shard_bytes`, or one tensor)
+    at a time. The bytes are a function of the weights alone."""
     plan, sizes = {}, [0]
     for name, shape in shapes.items():
         size = dtype.itemsize * math.prod(shape)
@@ -207,14 +237,13 @@ def write(
     files = files if len(sizes) > 1 else ["model.safetensors"]
     pending: dict[str, Tensor] = {}
     for name, tensor in source:
-        if writer:
-            # A copy is contiguous and shares no storage.
-            pending[name] = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-            if sum(t.nbytes for t in pending.values()) == sizes[plan[name]]:
-                with full_disk_is_oserror(out):
-                    save_file(pending, out / files[plan[name]], metadata={"format": "pt"})
-                pending = {}
-    if writer and len(sizes) > 1:
+        # A copy is contiguous and shares no storage.
+        pending[name] = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+        if sum(t.nbytes for t in pending.values()) == sizes[plan[name]]:
+            with full_disk_is_oserror(out):
+                save_file(pending, out / files[plan[name]], metadata={"format": "pt"})
+            pending = {}
+    if len(sizes) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {k: files[v] for k, v in sorted(plan.items())}}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

@@ -22,8 +22,9 @@ from stages.model import folder
 from stages.model.config import ModelConfig
 from stages.run import AGAIN, OK
 from stages.stage import ConfigError, Context, CuveeError, identity
+from stages.trainer import parallel
 from stages.trainer.batch import Group, Loss, Packed
-from stages.trainer.checkpoint import Checkpoints, committed, newest
+from stages.trainer.checkpoint import Checkpoints, newest
 from stages.trainer.config import TrainConfig
 from stages.trainer.meter import Meter, Trace
 from stages.trainer.trainer import Trainer
@@ -96,20 +97,21 @@ def train(
     sizes = model or folder.read_config(init)
     sizes.check()
     folder.check_vocabulary(tokenizer, sizes)
-    marks = committed(ctx.scratch / "checkpoints")
-    placed = config.placed(min(int(marks[-1].name), config.steps - 1) if marks else 0)
+    parallel.join()
+    log = (lambda _: None) if dist.get_rank() else ctx.log
+    checkpoints = Checkpoints(ctx.scratch / "checkpoints", config.keep_every, config.async_save, ctx.mirror)
+    made_by = {"model": identity(sizes), "data": getattr(stream, "fingerprint", "")}
+    found, progress = newest(checkpoints.folder, log), Progress()
+    if found:
+        path, mark = found
+        _check_same(path, mark, made_by)
+        progress = Progress(**mark["progress"])
+    placed = config.placed(min(progress.step, config.steps - 1))
     trainer = Trainer(placed, sizes, objective, init, head, reference)
     if critic is not None:
         trainer.critic = Trainer(placed, folder.read_config(critic.init), critic.objective, critic.init, "value")
-    log = (lambda _: None) if dist.get_rank() else ctx.log
-    checkpoints = Checkpoints(ctx.scratch / "checkpoints", config.keep_every, config.async_save, ctx.mirror)
-    progress = Progress()
-    made_by = {"model": identity(sizes), "data": getattr(stream, "fingerprint", "")}
-    if found := newest(checkpoints.folder, log):
-        path, mark = found
-        _check_same(path, mark, made_by)
+    if found:
         trainer.load_state(path)
-        progress = Progress(**mark["progress"])
         log(f"resumed after step {progress.step}/{config.steps}")
     run = _Run(config, placed, trainer, checkpoints, progress, ctx, log, made_by, Meter(sizes, head), init is None)
     with _stop_requests() as stop, _batches(placed, stream, trainer) as batch:
@@ -163,9 +165,12 @@ class _Run:
             trace.before(progress.step)
             self._step(batch)
             trace.after(progress.step - 1)
-            stopping, writing = _anywhere(stop.is_set(), self.checkpoints.writing)
+            mirroring = self.checkpoints.mirroring
+            stopping, writing, busy = _anywhere(stop.is_set(), self.checkpoints.writing, mirroring.busy)
             if not writing:
                 self.checkpoints.commit()
+            if not busy:
+                mirroring.go_on()
             moving = progress.step < config.steps and self.whole.placed(progress.step) != config
             if stopping or moving or self._due():
                 mark = {"progress": asdict(progress), **self.made_by}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import (
     OptimizerConfig,
@@ -92,7 +93,11 @@ class Optimizer:
         """FP32 value of this rank's `parameter`; a collective of its data-parallel ranks."""
         if parameter.dtype == torch.float32 or self.kind == "plain":
             return getattr(parameter, "main_param", parameter).detach().float()
-        return self._whole(parameter, "param")
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        if self._holds(parameter):
+            whole.view(-1)[self._range(parameter)] = self._held(parameter)["param"].detach()
+        dist.all_reduce(whole, group=self._part.data_parallel_group)
+        return whole
 
     def _range(self, parameter: nn.Parameter) -> slice:
         """The flat part of `parameter` that this rank of the distributed optimizer has."""
@@ -126,8 +131,8 @@ class Optimizer:
         model = {name: chunk.sharded_state_dict() for name, chunk in chunks.items()}
         with torch.no_grad():
             if self.kind == "distributed":
-                return {**model, "optimizer": self._part.state_dict(), "shared": self._shared_state(model, loading)}
-            return {**model, "optimizer": self.inner.sharded_state_dict(model, is_loading=loading), "shared": []}
+                return {**model, "optimizer": self._part.state_dict(), "shards": self._shards(model, loading)}
+            return {**model, "optimizer": self.inner.sharded_state_dict(model, is_loading=loading)}
 
     def load(self, chunks: dict[str, nn.Module], state: dict[str, Any]) -> None:
         """Take over a state dict of the form of `sharded_state`."""
@@ -139,50 +144,75 @@ class Optimizer:
                 own["state"].setdefault("common_step", torch.zeros(()))
             self.inner.load_state_dict(state["optimizer"])
             self._create_state()
-            for parameter, values in zip(self._parameters(), state["shared"], strict=True):
-                if self._holds(parameter):
-                    own = self._part._get_main_param_and_optimizer_states(parameter)
-                    for kind in SHARED:
-                        own[kind].copy_(values[kind].reshape(-1)[self._range(parameter)])
+            for number, parameter in self._shared().items():
+                for kind in SHARED:
+                    self._held(parameter)[kind].copy_(state["shards"][number][kind])
 
-    def _shared_state(self, model: dict[str, Any], loading: bool) -> list[dict[str, Any]]:
-        """Main weights and moments of the distributed optimizer, each in the shape and under the name of its parameter, so
-        that every layout can read them. Megatron-core's own such form ("fully_reshardable") shifts the parameters behind
-        a padded bucket, and corrupts them: buckets are padded where embeddings are shared between pipeline stages."""
+    def _shards(self, model: dict[str, Any], loading: bool) -> dict[str, dict[str, ShardedTensorFactory]]:
+        """This rank's share of the distributed optimizer's main weights and moments, each as pieces of its parameter and
+        under its name, so that every layout can read them and no rank gathers another's. Megatron-core's own such form
+        ("fully_reshardable") gathers all, and shifts what lies behind a padded bucket: buckets are padded where embeddings
+        are shared between pipeline stages."""
         found, _ = extract_sharded_tensors_and_factories(model)
         like = {id(sharded.data): sharded for sharded in nested_values(found)}
-        state = []
-        for parameter in self._parameters():
-            sharded, values = like[id(parameter)], {}
-            for kind in SHARED:
-                value = torch.empty(parameter.shape)  # host memory that nobody writes to costs nothing
-                if not loading:
-                    whole = self._whole(parameter, kind)
-                    value = whole.cpu() if is_main_replica(sharded.replica_id) else value
-                named = {"key": f"optimizer.state.{kind}.{sharded.key}", "data": value}
-                if isinstance(sharded, ShardedTensor):
-                    named["dtype"] = value.dtype
-                values[kind] = replace(sharded, **named)
-            state.append(values)
-        return state
+        shards = {}
+        for number, parameter in self._shared().items():
+            sharded, held, own = like[id(parameter)], self._range(parameter), self._held(parameter)
+            shards[number] = {
+                kind: _pieces(sharded, kind, torch.empty(own[kind].shape) if loading else own[kind], held) for kind in SHARED
+            }
+        return shards
 
-    def _parameters(self) -> list[nn.Parameter]:
-        """The parameters of this rank's part of the model, in the order of the distributed optimizer's buffers."""
+    def _shared(self) -> dict[str, nn.Parameter]:
+        """The parameters of which this rank of a distributed optimizer has a share."""
         if self.kind == "plain":
-            return []
-        return [parameter for buffer in self._part.buffers for parameter in buffer.param_index_map]
+            return {}
+        parameters = (parameter for buffer in self._part.buffers for parameter in buffer.param_index_map)
+        return {str(number): parameter for number, parameter in enumerate(parameters) if self._holds(parameter)}
 
     def _holds(self, parameter: nn.Parameter) -> bool:
         return parameter in self._part.model_param_gbuf_map
 
-    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """One of SHARED of a parameter, FP32, from the data-parallel ranks that share it."""
-        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        if self._holds(parameter):
-            held = self._part._get_main_param_and_optimizer_states(parameter)[kind]
-            whole.view(-1)[self._range(parameter)] = held.detach()
-        dist.all_reduce(whole, group=self._part.data_parallel_group)
-        return whole
+    def _held(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """SHARED of a parameter, float32 [n]: this rank's share."""
+        return self._part._get_main_param_and_optimizer_states(parameter)
+
+
+def _pieces(sharded: Any, kind: str, flat: Tensor, held: slice) -> ShardedTensorFactory:
+    """`flat`: the elements `held` of a parameter (flattened) that `sharded` describes, as rectangles of the whole parameter
+    in a checkpoint, and one tensor again after a load."""
+    # A matrix of two (SwiGLU's) has a factory, which gives one after the other.
+    parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
+
+    def build(key: str, data: Tensor, *unused: Any) -> list[ShardedTensor]:
+        found, before, done = [], 0, 0  # elements of the parts before; of `data` that have a rectangle
+        for part in parts:
+            size, axes = math.prod(part.local_shape), part.prepend_axis_num
+            within = max(held.start - before, 0), min(held.stop - before, size)
+            for at, shape in rectangles(part.local_shape, *within):
+                value = data[done : done + math.prod(shape)].view((1,) * axes + shape)
+                offset = [a + b for a, b in zip(part.global_offset, (0,) * axes + at, strict=True)]
+                found.append(ShardedTensor(
+                    f"optimizer.state.{kind}.{key}", value, value.dtype, tuple(value.shape), part.global_shape,
+                    tuple(offset), axis_fragmentations=None, replica_id=(*part.replica_id[:-1], 0),
+                ))  # fmt: skip
+                done += value.numel()
+            before += size
+        return found
+
+    return ShardedTensorFactory(sharded.key, flat.detach(), build, lambda loaded: torch.cat([t.flatten() for t in loaded]))
+
+
+def rectangles(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, shape) of those that the elements begin <= i < end of a flattened [rows] or [rows, columns] make, in turn:
+    the end of a row, whole rows, the beginning of one."""
+    columns = shape[1] if len(shape) > 1 else 1
+    while begin < end:
+        row, column = divmod(begin, columns)
+        rows = 0 if column else (end - begin) // columns
+        size = (rows, columns) if rows else (1, min(columns - column, end - begin))
+        yield (row, column)[: len(shape)], size[: len(shape)]
+        begin += size[0] * size[1]
 
 
 def _overrides(sizes: ModelConfig, chunks: list[nn.Module]) -> dict[ParamKey, ParamGroupOverride]:

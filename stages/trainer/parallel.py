@@ -43,20 +43,27 @@ def on_first(make: Callable[[], T]) -> T:
     return box[0]
 
 
+def join() -> None:
+    """Meet the processes that torchrun started beside this one; again in one process is allowed."""
+    if dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    alone = {} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # Objects and flags travel between CPUs, tensors of a GPU through NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **alone)
+
+
 def initialise(config: TrainConfig, sizes: ModelConfig | None = None) -> None:
     """Set up torch.distributed and Megatron-core's groups for `config`; again in one process is allowed.
 
     Raises ConfigError where the processes cannot hold a model of `sizes` as configured (stages/trainer/layout.py).
     """
-    world, cuda = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()
+    join()
+    cuda = torch.cuda.is_available()
     if sizes is not None:
-        layout.check(config, sizes, world, "cuda" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-        # Objects and flags travel between CPUs, tensors of a GPU through NCCL.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **alone)
+        layout.check(config, sizes, dist.get_world_size(), "cuda" if cuda else "cpu")
     virtual = config.virtual_pipeline if config.virtual_pipeline > 1 else None
     wanted = (config.tensor_parallel, config.pipeline_parallel, virtual, config.context_parallel)
     if parallel_state.model_parallel_is_initialized():

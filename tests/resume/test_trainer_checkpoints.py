@@ -12,6 +12,7 @@ import pytest
 from stages.objectives import ce
 from stages.stage import Context, CuveeError
 from stages.trainer import checkpoint
+from stages.trainer.config import TrainConfig
 from stages.trainer.loop import train
 from tests.resume.trainer_run import SIZES, Counting, config
 from tests.unit.tiny import tokenizer
@@ -43,13 +44,13 @@ class Told(Context):
         self.lines = [*getattr(self, "lines", []), message]
 
 
-def run(root, words, at=-1, stream=None, model=SIZES, **changes):
+def run(root, words, at=-1, stream=None, model=SIZES, made=config, **changes):
     """(weights, log lines) of a run in `root` that stops at step `at`."""
     ctx = Told(root / "scratch")
     for folder in ("out", "scratch"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     try:
-        train(config=config(**changes), stream=stream or Stopping(at), objective=lambda b: ce.loss(b, ce.Config()),
+        train(config=made(**changes), stream=stream or Stopping(at), objective=lambda b: ce.loss(b, ce.Config()),
               out=root / "out", ctx=ctx, tokenizer=words, model=model)  # fmt: skip
     except Stop:
         return b"", ctx.lines
@@ -104,6 +105,37 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(name, tmp_path, words,
     assert any("0000000006" in line and message in line and "going on from 0000000003" in line for line in log)
     assert "resumed after step 3/12" in log and found == whole
     assert names(root) == ["0000000009", "0000000012"]
+
+
+class Phases(TrainConfig):
+    """Smaller microbatches after step 5."""
+
+    def placed(self, step):
+        return replace(self, micro_batch_tokens=256 if step < 5 else 64)
+
+
+def test_every_step_is_trained_as_its_phase_is_placed(tmp_path, words):
+    """Also those after a checkpoint of the phase before, where the newest, of another phase, is damaged."""
+    trained = []
+
+    class Noting(Stopping):
+        def batch(self, step, trainer):
+            trained.append((step, trainer.config.micro_batch_tokens))
+            return super().batch(step, trainer)
+
+    def start():
+        trained.clear()
+        run(tmp_path, words, stream=Noting(), made=lambda: Phases(**vars(config(async_save=False))))
+
+    with pytest.raises(SystemExit):
+        start()
+    assert trained == [(step, 256) for step in range(5)] and names(tmp_path) == ["0000000003", "0000000005"]
+    flip(shard(tmp_path / "scratch/checkpoints/0000000005"))
+    with pytest.raises(SystemExit):
+        start()
+    assert trained == [(3, 256), (4, 256)]
+    start()
+    assert trained == [(step, 64) for step in range(5, 12)]
 
 
 def test_only_damaged_checkpoints_are_one_sentence(tmp_path, words, stopped):

@@ -121,6 +121,8 @@ def test_two_ranks_go_on_bit_for_bit(tmp_path, words):
     assert launch(2, tmp_path / "whole", words, **options) == [0, 0]
     assert launch(2, killed, words, **options, slow=2, die_at=7) == [-signal.SIGKILL] * 2
     assert [p.parent.name for p in killed.glob("scratch/checkpoints/*/commit.json")] == ["0000000003"]
+    first, second = (path.stat().st_size for path in sorted(killed.glob("scratch/checkpoints/0000000003/*.distcp")))
+    assert first < 2 * second  # the weights are the first one's to write, the optimizer's state is shared
     assert launch(2, killed, words, **options, stop_at=3) == [AGAIN] * 2
     assert launch(2, killed, words, **options) == [0, 0]
     assert outcome(killed) == outcome(tmp_path / "whole") and series(killed) == series(tmp_path / "whole")

@@ -90,6 +90,24 @@ def test_products_begin_as_a_single_process(name, tmp_path, words, single):
     assert losses(tmp_path) == pytest.approx(losses(single)[:8], abs=1e-5)
 
 
+def test_eight_processes_share_in_every_way(tmp_path, words, single):
+    """TP2 + SP x PP2 x DP2 with the distributed optimizer; and no rank holds more of the model to save it than one row."""
+    from safetensors.torch import load_file
+
+    layout = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2, "distributed_optimizer": True}
+    assert launch(8, tmp_path, words, steps=20, anchor=2.0, save_every=0, counted=True, **layout) == [0] * 8
+    assert losses(tmp_path) == pytest.approx(losses(single), abs=1e-5)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    ours = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    theirs = load_file(single / "out/model.safetensors")
+    assert len(files) > 4 and ours.keys() == theirs.keys()
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-3
+    held = [int((tmp_path / f"out/held-{rank}").read_text()) for rank in range(8)]
+    row = max(tensor.nbytes for tensor in theirs.values())
+    assert held[0] <= trainer_run.FILE_BYTES + 3 * row < sum(tensor.nbytes for tensor in theirs.values())
+    assert 0 < max(held[1:]) <= row
+
+
 @pytest.mark.parametrize("kind", ["pull", "regress"])
 def test_references_and_reward_heads_equal_a_single_process(kind, tmp_path, words, single):
     options = {"steps": 6, "kind": kind, "init": single / "out", "lr": 3e-3}

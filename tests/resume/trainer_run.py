@@ -24,6 +24,8 @@ SIZES = ModelConfig(
     vocab_size=288, sliding_window=16, logit_scale=1.0, max_position_embeddings=64,
 )  # fmt: skip
 
+FILE_BYTES = 20_000
+
 
 def config(**changes) -> TrainConfig:
     values = dict(
@@ -84,6 +86,34 @@ def die_at_file(folder: Path, number: int) -> None:
     sys.addaudithook(hook)
 
 
+def save_counted(trainer, out: Path) -> None:
+    """Save the weights in files of FILE_BYTES; `held-<rank>`: most bytes of tensors of its own that this rank held at once."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from stages.model import weights
+
+    there = {p.untyped_storage()._cdata for chunk in trainer.chunks for p in chunk.parameters()}
+    alive, most = {}, [0]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **kwargs or {})
+            for storage in (t.untyped_storage() for t in tree_leaves(found) if isinstance(t, torch.Tensor)):
+                if storage._cdata not in there:
+                    alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            for key in [key for key, (reference, _) in alive.items() if reference.expired()]:
+                del alive[key]
+            most[0] = max(most[0], sum(size for _, size in alive.values()))
+            return found
+
+    with Count():
+        weights.save(trainer.chunks, trainer.rows, out, trainer.optimizer.main, FILE_BYTES)
+    (out / f"held-{os.environ['RANK']}").write_text(str(most[0]))
+
+
 def slow_writer(stream: Counting, steps: int) -> None:
     """A checkpoint's files are written only when so many more batches have been asked for."""
     from stages.trainer.checkpoint import Checkpoints
@@ -103,7 +133,7 @@ def slow_writer(stream: Counting, steps: int) -> None:
 def run(
     root: Path, tokenizer: Path, out: str = "out", die_at: int = -1, die_in: str = "", kind: str = "ce",
     init: Path | None = None, file: int = 0, slow: int = 0, stop_at: int = -1, sizes: dict | None = None, groups: int = 12,
-    mirror: object = None, **changes,
+    mirror: object = None, counted: bool = False, **changes,
 ) -> None:  # fmt: skip
     """Train in `root`/scratch and publish to `root`/`out`, closing metrics included.
 
@@ -113,7 +143,7 @@ def run(
     sizes: fields of the model other than SIZES'.
     stop_at: SIGTERM (one rank only) when the batch of this step is asked for.
     file: SIGKILL at so many events of die_at_file. slow: steps that training goes on before a checkpoint is written.
-    mirror: the context's.
+    mirror: the context's. counted: see save_counted.
     """
     import torch
 
@@ -135,6 +165,8 @@ def run(
         checkpoint.shutil.rmtree = lambda path, ignore_errors=False: remove(path, True) if ignore_errors else die()
     elif die_in == "publish":
         Trainer.save_weights = die
+    if counted:
+        Trainer.save_weights = save_counted
     (root / "scratch").mkdir(parents=True, exist_ok=True)
     if file:
         die_at_file(root / "scratch/checkpoints", file)

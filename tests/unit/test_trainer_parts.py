@@ -11,6 +11,7 @@ import torch
 from stages.model.cpu import cuda_names
 from stages.trainer.batch import Sequence
 from stages.trainer.microbatch import Sharing, build, context_share, microbatches
+from stages.trainer.optimizer import rectangles
 from tests.resume.trainer_run import SIZES, Counting, config
 
 
@@ -85,6 +86,17 @@ def test_gathered_values_give_the_gradient_of_their_own_share(monkeypatch):
         assert torch.equal(found.detach(), whole)
         (found**2).sum().backward()
     assert torch.equal(values.grad, 2 * values.detach())
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 9), (6, 5), (5, 1)])
+def test_rectangles_have_every_element_of_a_range_in_turn(shape):
+    whole = np.arange(np.prod(shape)).reshape(shape)
+    for begin in range(whole.size + 1):
+        for end in range(begin, whole.size + 1):
+            found = list(rectangles(shape, begin, end))
+            slices = [tuple(slice(a, a + n) for a, n in zip(at, size, strict=True)) for at, size in found]
+            assert [int(i) for one in slices for i in whole[one].ravel()] == list(range(begin, end))
+            assert len(found) <= (1 if len(shape) == 1 else 3) and all(min(size) > 0 for _, size in found)
 
 
 def test_parameter_groups():
