@@ -66,6 +66,15 @@ class ModelConfig:
 
     def check(self, where: str = "model") -> None:
         """Raises ConfigError for sizes that cannot be built together; `where` is put before the field's name."""
+        least = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                               "vocab_size", "sliding_window_pattern", "max_position_embeddings"), 1)  # fmt: skip
+        least |= dict.fromkeys(("sliding_window", "mup_base_width", "trained_length", "init_std", "norm_epsilon"), 0)
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise ConfigError(f"{where}.{name}: {getattr(self, name)} is too small; give at least {low}")
+        for name in ("rope_theta", "logit_scale"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{where}.{name}: {getattr(self, name)} is not positive; give more than 0")
         if self.hidden_size != self.num_attention_heads * self.head_dim:
             raise ConfigError(
                 f"{where}.head_dim: {self.head_dim}, but hidden_size {self.hidden_size} / num_attention_heads "
@@ -78,10 +87,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"{where}.head_dim: {self.head_dim} is odd; rotary pairs need an even number")
-        least = dict.fromkeys(("num_layers", "vocab_size", "sliding_window_pattern", "ffn_hidden_size"), 1)
-        for name, low in (least | dict.fromkeys(("sliding_window", "mup_base_width", "trained_length"), 0)).items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"{where}.{name}: {getattr(self, name)} is too small; give at least {low}")
         if self.rope_scaling and self.rope_scaling.keys() != set(LLAMA3):
             raise ConfigError(
                 f"{where}.rope_scaling: {self.rope_scaling} should be empty or have exactly {', '.join(LLAMA3)}"

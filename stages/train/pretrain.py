@@ -64,10 +64,10 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         raise ConfigError(f"batch_tokens: {config.batch_tokens} is less than one sequence of {longest}; raise it")
     if any(not share >= 0 for share in config.blend.values()) or (config.blend and not any(config.blend.values())):
         raise ConfigError(f"blend: {config.blend} needs shares of 0 or more, one of them positive")
-    if config.long_every < 0 or not config.max_epochs > 0:
-        raise ConfigError(
-            f"long_every {config.long_every}, max_epochs {config.max_epochs}: give 0 or more, and more than 0"
-        )
+    if config.long_every < 0:
+        raise ConfigError(f"long_every: {config.long_every} is negative; give 0 or more")
+    if not config.max_epochs > 0:
+        raise ConfigError(f"max_epochs: {config.max_epochs} passes over nothing; give more than 0")
     if "init" in inputs:
         if config.model != ModelConfig():
             raise ConfigError("model: the sizes come from the checkpoint that training starts from; leave model out")

@@ -105,11 +105,16 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{at}{name}: {getattr(self, name)} is not a positive number; give at least 1")
-        counts = ("lr", "weight_decay", "anchor", "clip_grad", "min_lr", "warmup_steps", "save_every", "max_skipped",
-                  "keep_every")  # fmt: skip
+        counts = ("lr", "weight_decay", "anchor", "clip_grad", "min_lr", "warmup_steps", "decay_steps", "save_every",
+                  "max_skipped", "keep_every", "seed")  # fmt: skip
         for name in counts:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{at}{name}: {getattr(self, name)} is negative; give 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{at}{name}: {getattr(self, name)} is no decay of a moment; give 0 or more, below 1")
+        if not self.epsilon > 0:
+            raise ConfigError(f"{at}epsilon: {self.epsilon} lets AdamW divide by 0; give more than 0")
         if self.spike_factor and not self.spike_factor > 1:
             raise ConfigError(
                 f"{at}spike_factor: {self.spike_factor} calls ordinary losses spikes; give more than 1, or 0"

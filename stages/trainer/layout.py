@@ -14,7 +14,8 @@ from stages.trainer.config import TrainConfig
 
 GIB = 2**30
 RESERVED = 2 * GIB  # of a GPU: CUDA's context, NCCL's buffers, workspaces of kernels, fragmentation
-HEAD_BYTES = 5 * GIB  # most of the output layer on a GPU: a chunk of FP32 logits and the derivative that it keeps
+HEAD_KEPT = 4 * GIB  # most of the derivative by the logits that the output layer on a GPU keeps (model/head_cuda.py)
+HEAD_CHUNK = 0.75 * GIB  # its logits of a chunk of rows in FP32, and their derivative
 
 
 def check(
@@ -119,20 +120,20 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    head: float
+    working: float
     reserved: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.reserved
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.reserved
 
     def describe(self) -> str:
-        parts = ("weights", "gradients", "optimizer", "activations", "head")
+        parts = ("weights", "gradients", "optimizer", "activations", "working")
         return ", ".join(f"{name} {getattr(self, name) / GIB:,.1f}" for name in parts) + " GiB"
 
     def advice(self, config: TrainConfig, world: int) -> str:
         """Which number to change first where this does not fit."""
-        if self.activations + self.head > self.total / 2:
+        if self.activations + self.working > self.total / 2:
             if config.recompute != "full":
                 return "set recompute to full or lower micro_batch_tokens"
             return "raise context_parallel, or lower micro_batch_tokens or sequence_length"
@@ -173,9 +174,11 @@ def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0
         weights += (2 if half else 4) * held
     whole = max(config.micro_batch_tokens, longest or config.sequence_length)
     activations = _activations(config, sizes, world, whole) * (2 if half else 4)
-    logits = whole / context * sizes.vocab_size / tensor * 4
-    head, reserved = (min(logits, HEAD_BYTES), RESERVED) if half else (logits, 0)
-    return Memory(weights, gradients, optimizer, activations, head, reserved)
+    logits = whole / context * sizes.vocab_size / tensor
+    # The output layer also holds its weight's gradient before it is added to the others.
+    head = min(2 * logits, HEAD_KEPT) + min(6 * logits, HEAD_CHUNK) + 6 * embedding if half else 4 * (logits + embedding)
+    working = max(head, whole / context * _backward(config, sizes) * (2 if half else 4))
+    return Memory(weights, gradients, optimizer, activations, working, RESERVED if half else 0)
 
 
 def _activations(config: TrainConfig, sizes: ModelConfig, world: int, tokens: int) -> float:
@@ -193,6 +196,12 @@ def _activations(config: TrainConfig, sizes: ModelConfig, world: int, tokens: in
     boundary = sizes.hidden_size / (config.tensor_parallel if config.sequence_parallel else 1)
     kept = layers * boundary + each if config.recompute == "full" else layers * each
     return tokens / config.context_parallel * kept
+
+
+def _backward(config: TrainConfig, sizes: ModelConfig) -> float:
+    """Elements a token that come and go in the backward pass of an MLP: the gradients of what SwiGLU gives and takes and
+    of the block's input, which sequence parallelism also gathers from the ranks."""
+    return 3 * sizes.ffn_hidden_size / config.tensor_parallel + sizes.hidden_size * (1 + config.sequence_parallel)
 
 
 def _layer(config: TrainConfig, sizes: ModelConfig) -> float:

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
-from flows.config import compose
+from flows.config import CONF, compose
 from flows.graph import Graph
 from flows.plan import check_layout, table
 from stages.model.config import ModelConfig
-from stages.stage import ConfigError, CuveeError
+from stages.stage import ConfigError, CuveeError, parse
 from stages.store.local import LocalStore
 from stages.trainer.batch import Sequence
 from stages.trainer.config import TrainConfig
@@ -80,6 +81,24 @@ def test_memory_follows_the_layout():
     single = memory(TrainConfig(), R7B, 1)
     assert single.weights + single.gradients + single.optimizer == pytest.approx(16 * p, rel=1e-3)
     assert memory(c, R7B, 1, reference=True).weights == pytest.approx(2 * alone.weights, rel=1e-3)
+
+
+@pytest.mark.parametrize("model, precision, tokens, length, measured", [
+    ("1b", "bf16", 32768, 8192, 55.5), ("1b", "bf16", 65536, 8192, 91.8), ("1b", "fp8_delayed", 32768, 8192, 57.4),
+    ("1b", "fp8_delayed", 65536, 8192, 93.7), ("150m", "bf16", 32768, 8192, 17.2), ("150m", "bf16", 131072, 131072, 50.2),
+])  # fmt: skip
+def test_memory_is_what_one_h200_took_and_a_little_more(model, precision, tokens, length, measured):
+    """GiB of tests/gpu/records/2026-11-22-nvidia-h200.md, which are those of tensors."""
+    sizes = parse(ModelConfig, OmegaConf.to_container(OmegaConf.load(CONF / f"model/{model}.yaml")), "model")
+    found = memory(TrainConfig(precision=precision, micro_batch_tokens=tokens, sequence_length=length), sizes, 1)
+    assert measured <= (found.total - found.reserved) / GIB <= 1.15 * measured
+
+
+def test_memory_of_a_large_vocabulary_and_of_a_long_context():
+    c = TrainConfig(precision="bf16", micro_batch_tokens=8192)
+    assert memory(c, R7B, 1).working > 6 * R7B.vocab_size * R7B.hidden_size  # the output layer's gradient, FP32 and BF16
+    long = TrainConfig(precision="bf16", tensor_parallel=8, sequence_parallel=True, recompute="full", micro_batch_tokens=262144)
+    assert memory(long, R7B, 8).working > 2 * 2 * 262144 * R7B.hidden_size  # a block's input and its gradient on every rank
 
 
 def test_a_pipeline_holds_no_more_microbatches_than_a_step_has():
