@@ -14,7 +14,7 @@ from typing import Any
 from stages.chat.render import VARIABLES
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, parse, resolve
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {"corpus": Input(Kind.CORPUS, optional=True)}
 OUTPUT = Kind.PROMPTS
 ROLES = ("system", "user", "assistant", "tool")

@@ -1,14 +1,15 @@
 """Score one model on every domain's held-out prompts, by verifiers and a reward model; perplexity on held-out text."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.chat.messages import said
-from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
+from stages.evaluation._suites import Suite, answer, by, contamination, held_out, judge
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, identity, option
 
-VERSION = "2"
+VERSION = "3"
 INPUTS = {
     "model": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -21,11 +22,7 @@ SHOWN = 400  # characters kept of each end of a prompt, for a reader; the artifa
 
 
 @dataclass
-class Config:
-    engine: str = option("transformers", "what generates", "rollout/engines")
-    prompts_per_domain: int = option(500, "held-out prompts a domain, the first ones of the file; 0 takes all")
-    skip: int = option(0, "held-out prompts a domain passed over: to choose by others than those that are reported")
-    max_new_tokens: int = option(1024, "longest completion in tokens; the scored one is greedy")
+class Config(Suite):
     samples: int = option(
         0, "completions sampled of each prompt at temperature 1 besides; the mean of their rewards is what RL raises"
     )
@@ -39,13 +36,12 @@ class Config:
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
-    for name in ("max_new_tokens", "perplexity_length", "perplexity_tokens"):
+    config.check_suite(inputs)
+    for name in ("perplexity_length", "perplexity_tokens", "batch_tokens"):
         if getattr(config, name) < 2:
             raise ConfigError(f"{name}: {getattr(config, name)} scores nothing; give at least 2")
-    zero = {"prompts_per_domain": "takes all prompts", "samples": "samples none", "skip": "passes over none"}
-    for name, meaning in zero.items():
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{name}: {getattr(config, name)} is negative; 0 {meaning}")
+    if config.samples < 0:
+        raise ConfigError(f"samples: {config.samples} is negative; 0 samples none")
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -78,7 +74,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     suites = {domain: digest(one.path / "heldout.jsonl") for domain, one in inputs["prompts"].items()}
     scores = {
         "digests": {**digests, "prompts": suites},
-        "engine": asdict(config) | {"temperature": 0.0},
+        "engine": identity(config) | {"temperature": 0.0},
         "contaminated": contaminated,
         "domains": {domain: summary(rows) for domain, rows in by(samples, "domain").items()},
         "lengths": {
@@ -126,8 +122,6 @@ def _require_same_tokenizer(digests: dict[str, str], inputs: dict[str, Any]) -> 
 
 def _contaminated(config: Config, inputs: dict[str, Any], ctx: Context) -> dict[str, str]:
     """Domain -> why its suite may have been trained on, of those for which that is so."""
-    from stages.evaluation._suites import contamination
-
     if "corpus" not in inputs:
         return {}
     found = {d: contamination(one, inputs["corpus"]) for d, one in sorted(inputs["prompts"].items())}
@@ -138,61 +132,6 @@ def _contaminated(config: Config, inputs: dict[str, Any], ctx: Context) -> dict[
                              "data.benchmarks with the block decontaminate, or set contaminated=mark")  # fmt: skip
         ctx.log(f"{domain}: not decontaminated, {why}")
     return found
-
-
-def held_out(sources: dict[str, Artifact], count: int, skip: int = 0) -> list[dict[str, Any]]:
-    """`count` held-out prompts of each domain (0: all), after the first `skip`. Raises CuveeError for a domain without."""
-    found = []
-    for domain in sorted(sources):  # not in the recipe's order of experts, which is no part of the address
-        path = sources[domain].path / "heldout.jsonl"
-        with open(path, encoding="utf-8") as file:  # not splitlines(): a text may hold other line ends, such as U+2028
-            rows = [json.loads(line) for line in file][skip:]
-        if not rows:
-            raise CuveeError(f"{path} holds no prompt{f' after the first {skip}' if skip else ''}; raise the held-out "
-                             f"count of prompts-{domain}")  # fmt: skip
-        found += rows[: count or None]
-    return found
-
-
-def answer(
-    config: Any, model: Artifact, prompts: list[dict], ctx: Context, samples_each: int = 0
-) -> list[dict[str, Any]]:
-    """Each prompt with its greedy completion, the verifier's reward and the score; with `samples_each` also
-    `reward_sampled`, the mean reward of so many completions at temperature 1. config: engine, max_new_tokens."""
-    from transformers import AutoTokenizer
-
-    from stages.chat.render import render_row, response
-
-    tokenizer = AutoTokenizer.from_pretrained(model.path)
-    stop = tokenizer.eos_token_id
-    engine = resolve("rollout/engines", config.engine).Engine(model.path, ctx)
-    verifier = resolve("rewards", "verifier").Reward(ctx, None)
-    samples = []
-    for domain, rows in by(prompts, "domain").items():
-        ids = [render_row(tokenizer, row, generation=True).ids for row in rows]
-        made = engine.generate(ids, n=1, max_new_tokens=config.max_new_tokens, temperature=0.0, seed=0, stop=[stop])
-        if samples_each:
-            drawn = engine.generate(
-                ids, n=samples_each, max_new_tokens=config.max_new_tokens, temperature=1.0, seed=0, stop=[stop]
-            )
-            made = [[*first, *rest] for first, rest in zip(made, drawn, strict=True)]
-        rewards = verifier(rows, [[one.text for one in some] for some in made])
-        for row, (one, *_), (reward, *others) in zip(rows, made, rewards, strict=True):
-            samples.append({
-                **row, "text": one.text, "completion": response(one.text), "reward": reward, "score": max(reward, 0.0),
-                "length": row.get("length"), "tokens": len(one.ids), "ended": stop in one.ids,
-                **({"reward_sampled": sum(others) / len(others)} if others else {}),
-            })  # fmt: skip
-        mean = sum(sample["score"] for sample in samples[-len(rows) :]) / len(rows)
-        ctx.log(f"{domain}: {mean:.3f} on {len(rows)} prompts")
-    return samples
-
-
-def judge(samples: list[dict[str, Any]], reward: Artifact, ctx: Context) -> None:
-    """Add the reward model's score of each completion, the basis of win rates."""
-    score_of = resolve("rewards", "reward_model").Reward(ctx, reward.path)
-    for sample, (score,) in zip(samples, score_of(samples, [[sample["text"]] for sample in samples]), strict=True):
-        sample["reward_model"] = score
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -233,14 +172,6 @@ def _perplexity(config: Config, model: Artifact, tokens: Artifact, ctx: Context)
         if pieces:
             found[domain] = measure(network, pieces, bytes_of, config.batch_tokens)
             ctx.log(f"{domain}: {found[domain]['bits_per_byte']:.3f} bits a byte")
-    return found
-
-
-def by(rows: list[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
-    """The rows grouped by row[key], groups in the order of their first row."""
-    found: dict[Any, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
     return found
 
 

@@ -4,10 +4,10 @@ turn) or results of tools. In [-1, 1]:
 -1 for a citation of a source that does not exist or does not hold the span's words; else, where `check` names the source
 (`source`, -1 for none, or `cites`), the F1 of the cited sources with it; else 1 with a citation and 0 without."""
 
-import json
 import re
 from typing import Any
 
+from stages.chat.messages import said
 from stages.rewards._common import Checked
 from stages.tasks._common import plain
 from stages.tasks.rag import citations
@@ -44,9 +44,7 @@ def _expected(check: dict[str, Any]) -> set[tuple[int, int]] | None:
 def sources(prompt: dict[str, Any]) -> Sources:
     """What a completion of the prompt may cite, by the number of its call and of its result."""
 
-    def words(value: Any) -> str:
-        return value if isinstance(value, str) else value.get("text") or json.dumps(value, ensure_ascii=False)
-
+    words = lambda value: said({"content": value})  # noqa: E731
     found: Sources = {(0, i): words(document) for i, document in enumerate(prompt.get("documents") or [])}
     call, turns = int(bool(found)), prompt["messages"]
     for turn in turns:
@@ -55,9 +53,8 @@ def sources(prompt: dict[str, Any]) -> Sources:
             found |= {(call, i): words(result) for i, result in enumerate(results)}
             call += 1
         elif turn["role"] == "user":
-            for number, line in re.findall(r"^Observation (\d{1,4}): (.*)$", turn["content"], re.MULTILINE):
+            for number, line in re.findall(r"^Observation (\d{1,4}): (.*)$", said(turn), re.MULTILINE):
                 found |= {(int(number), i): text.strip() for i, text in enumerate(re.split(r"\[\d+\] ", line)[1:])}
-    if not found:
-        last = turns[-1]["content"] if turns and isinstance(turns[-1]["content"], str) else ""
-        found = {(0, int(n)): text for n, text in re.findall(r"^\[(\d{1,4})\] (.+)$", last, re.MULTILINE)}
+    if not found and turns:
+        found = {(0, int(n)): text for n, text in re.findall(r"^\[(\d{1,4})\] (.+)$", said(turns[-1]), re.MULTILINE)}
     return found

@@ -17,7 +17,7 @@ class Reward(Checked):
     def score(self, prompt: dict[str, Any], text: str) -> float | None:
         check = prompt["check"]
         if "schema" in check:
-            value = json_in(text)
+            value = next(json_in(text), None)
             return -1.0 if value is None else float(not _tools.fault(value, check["schema"]))
         calls = _tools.calls(text)
         if calls is None:

@@ -14,9 +14,9 @@ from stages.rollout._collect import (
     statistics,
     write_jsonl,
 )
-from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option, resolve
+from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 
-VERSION = "3"
+VERSION = "4"
 INPUTS = {
     "policy": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -49,13 +49,9 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
     Raises CuveeError when every prompt is longer than sequence_length allows.
     """
-    import time
-
     from stages.rewards._common import refuse_idle
 
-    engine = resolve("rollout/engines", config.engine).Engine(
-        inputs["policy"].path, ctx, options=config.engine_options
-    )
+    engine = config.make_engine(inputs["policy"].path, ctx)
     sampler = Sampler(config, engine, ctx, inputs["reward"].path if "reward" in inputs else None)
     prompts = load_prompts(inputs["prompts"], config.mix, config.split)
     drawn = schedule({d: len(rows) for d, rows in prompts.items()}, config.mix, config.prompts, config.seed)
@@ -66,9 +62,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         raise CuveeError(f"sequence_length: no prompt is within {longest} tokens (sequence_length - max_new_tokens); "
                          f"raise sequence_length")  # fmt: skip
     refuse_idle(list(config.reward_weights()), fits)
-    began = time.monotonic()
     rows = sampler(fits, config.seed)
-    seconds = time.monotonic() - began
+    seconds = max(sampler.seconds["generating"], 1e-9)
     write_jsonl(out / "samples.jsonl", rows)
     by_domain = {d: [row for row in rows if row["domain"] == d] for d in sorted({row["domain"] for row in rows})}
     summary = {

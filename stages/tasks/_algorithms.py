@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 # What is asked, the argument, the function's body ({n}: a constant of 2 to 9), and what kind of input it takes.
@@ -42,20 +42,20 @@ NAMES = "f solve compute answer task routine process helper".split()
 LETTERS = {"word": "abcaeiklmnoz", "text": "ab "}
 
 
-def question(rng: random.Random, tests: int, ask: Sequence[str]) -> tuple[str, str, dict]:
-    """What is asked, the reference answer, and the check."""
+def question(rng: random.Random, tests: int, ask: Callable[..., str]) -> tuple[str, str, dict]:
+    """What is asked, the reference answer, and the check. ask: the question of (name, arguments, what it returns, a test's maker)."""
     words, argument, body, kind = rng.choice(FUNCTIONS)
     values, name = {"a": argument, "n": rng.randint(2, 9)}, rng.choice(NAMES)
     source = f"def {name}({argument}):\n    {body.format(**values)}\n"
     scope: dict[str, Any] = {}
     exec(source, scope)  # our own text, from the table above
-    inputs = [_input(rng, kind) for _ in range(max(4, tests))]
-    found = [[f"{name}({value!r})", repr(scope[name](value))] for value in inputs]
-    return (
-        rng.choice(ask).format(name=name, args=argument, what=words.format(**values)),
-        f"```python\n{source}```",
-        {"tests": found},
-    )
+
+    def test() -> list[str]:
+        value = _input(rng, kind)
+        return [f"{name}({value!r})", repr(scope[name](value))]
+
+    found = [test() for _ in range(tests)]
+    return ask(name, argument, words.format(**values), test), f"```python\n{source}```", {"tests": found}
 
 
 def _input(rng: random.Random, kind: str) -> Any:

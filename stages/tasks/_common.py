@@ -6,6 +6,8 @@ import json
 import random
 import re
 import unicodedata
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from stages.chat.template import SPECIAL_TOKENS
@@ -17,15 +19,24 @@ def prompt(user: str, answer: str, check: dict[str, Any], system: str = "", **ex
     return {"messages": [*messages, {"role": "user", "content": user}], "answer": answer, "check": check, **extra}
 
 
-def numbers(text: str) -> list[int]:
-    """The integers in a text, in order; thousands may be separated by commas, a sign must touch its digits."""
-    return [int(found.replace(",", "")) for found in re.findall(r"(?<![\w.])-?\d{1,3}(?:,\d{3})+\b|-?\d{1,18}", text)]
+def numbers(text: str) -> list[int | float]:
+    """The numbers in a text, in order: whole ones, and such as 2.5; thousands may be separated by commas, a sign must touch its digits."""
+    found = re.findall(r"((?<![\w.])-?\d{1,3}(?:,\d{3})+\b|-?\d{1,18})(\.\d{1,18})?", text)
+    return [float(f"{n}{part}".replace(",", "")) if part.strip(".0") else int(n.replace(",", "")) for n, part in found]
 
 
 def plain(text: str) -> str:
     """For comparing short answers: NFKC, one case, no quotes or punctuation at the ends, single spaces."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return text.strip(" .,;:!?\"'`“”„«»「」。")
+
+
+@cache
+def language_names() -> dict[str, str]:
+    """The languages' English names by ISO 639-1 code, from CLDR."""
+    from babel import Locale
+
+    return dict(Locale("en").languages)
 
 
 def sentences(documents: list[dict], rng: random.Random, shortest: int = 30, longest: int = 200) -> list[str]:
@@ -41,11 +52,12 @@ def sentences(documents: list[dict], rng: random.Random, shortest: int = 30, lon
     return found
 
 
-def json_in(text: str) -> Any:
-    """The first JSON object or array in a text, None without one."""
-    for start in (found.start() for found in re.finditer(r"[\[{]", text)):
+def json_in(text: str) -> Iterator[Any]:
+    """The JSON objects and arrays in a text, one after another."""
+    bracket, at = re.compile(r"[\[{]"), 0
+    while found := bracket.search(text, at):
         try:
-            return json.JSONDecoder().raw_decode(text, start)[0]
+            value, at = json.JSONDecoder().raw_decode(text, found.start())
+            yield value
         except (ValueError, RecursionError):
-            continue
-    return None
+            at = found.end()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 import datetime
-import json
 import operator
 import re
 from collections.abc import Callable
 from typing import Any
 
+from stages.stage import CuveeError
 from stages.tasks._common import json_in
 from stages.tasks._retrieval import Chunk, Index
 
@@ -91,10 +91,18 @@ def run(name: str, arguments: dict[str, Any], texts: list[str]) -> list[str]:
 
 
 def fault(value: Any, schema: dict[str, Any]) -> str:
-    """What is wrong with a JSON value by its JSON schema, "" if nothing."""
-    from jsonschema import Draft202012Validator
+    """What is wrong with a JSON value by its JSON schema, "" if nothing. Raises CuveeError for a schema that is none."""
+    from jsonschema import Draft202012Validator, SchemaError
 
-    error = next(iter(Draft202012Validator(schema).iter_errors(value)), None)
+    try:
+        error = next(iter(Draft202012Validator(schema).iter_errors(value)), None)
+    except Exception:  # whatever a wrong schema leads to
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as wrong:
+            text = f"{wrong.message[:200]} at {wrong.json_path}"
+            raise CuveeError(f"a prompt's JSON schema (check.schema or tools) is none: {text}; mend it, draft 2020-12 is meant") from None
+        raise
     return error.message[:200] if error else ""
 
 
@@ -103,19 +111,7 @@ def calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
     ({"name", "arguments"}), in a list or one after another; or ReAct's lines `Action:` and `Action Input:`. None without any."""
     react = re.findall(r"Action: *(\w+)[ \t]*\nAction Input: *(.+)", text)
     if react:
-        return [(name, found if isinstance(found := json_in(given), dict) else {}) for name, given in react]
-    found, start = [], 0
-    while (start := next((m.start() for m in re.finditer(r"[\[{]", text) if m.start() >= start), -1)) >= 0:
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, start)
-        except (ValueError, RecursionError):
-            start += 1
-            continue
-        found += value if isinstance(value, list) else [value]
-        start = end
-    pairs = [
-        (c.get("tool_name", c.get("name")), c.get("parameters", c.get("arguments")))
-        for c in found
-        if isinstance(c, dict)
-    ]
+        return [(name, found if isinstance(found := next(json_in(given), None), dict) else {}) for name, given in react]
+    found = [one for value in json_in(text) for one in (value if isinstance(value, list) else [value])]
+    pairs = [(c.get("tool_name", c.get("name")), c.get("parameters", c.get("arguments"))) for c in found if isinstance(c, dict)]
     return [(name, given) for name, given in pairs if isinstance(name, str) and isinstance(given, dict)] or None

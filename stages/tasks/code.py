@@ -10,7 +10,9 @@ Your own prompts: `check` is {"tests": [[call, repr of its result], ...]} for Py
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from stages import sandbox
 from stages.stage import option
@@ -30,6 +32,7 @@ class Options:
     max_number: int = option(100, "largest constant in a description")
     operations: int = option(3, "most operations in a row on a number; each function has 1 to this many")
     tests: int = option(6, "unit tests a function, at least 4")
+    examples: float = option(0.0, "share of the Python functions that are told by examples of their calls, not in words")
 
 
 NAMES = "f g h run calc solve apply change make check work step".split()
@@ -43,6 +46,12 @@ ASK = (
     "Implement {name}({args}): return {what}.",
     "Code a function {name}({args}) to return {what}.",
 )
+BY_EXAMPLE = (
+    "Write a function {name}({args}) for which {calls}.",
+    "Find the Python function {name}({args}): {calls}.",
+    "Which function {name}({args}) gives this? {calls}.",
+)
+SHOWN = 4  # calls of a function that is told by examples
 # What is asked and the expression that does it; {n} is a constant, {e} the expression so far.
 NUMBER = (
     ("plus {n}", "{e} + {n}"),
@@ -83,6 +92,8 @@ ARGUMENTS = {"number": ("x", "n", "y", "a", "v"), "text": ("s", "text", "t"), "l
 
 def check(options: Options) -> str:
     """What is wrong with the options, "" if nothing."""
+    if not 0 <= options.examples <= 1:
+        return f"examples={options.examples} is no share of the Python functions, expected 0 to 1"
     if not options.languages or options.tables not in (1, 2):
         return f"languages={options.languages} and tables={options.tables}, expected at least one language and 1 or 2 tables"
     if options.languages != ["python"] and options.kinds == ["algorithm"]:
@@ -110,7 +121,7 @@ def generate(rng: random.Random, count: int, documents: list[dict], options: Opt
 def _function(rng: random.Random, options: Options) -> dict:
     kind = rng.choice(options.kinds)
     if kind == "algorithm":
-        return prompt(*_algorithms.question(rng, options.tests, ASK))
+        return prompt(*_algorithms.question(rng, options.tests, partial(_asked, rng, options)))
     constant = lambda: rng.randint(2, max(2, options.max_number))  # noqa: E731
     arguments = rng.sample(ARGUMENTS["number"], 2) if kind == "two_numbers" else [rng.choice(ARGUMENTS[kind])]
     if kind == "number":
@@ -125,12 +136,26 @@ def _function(rng: random.Random, options: Options) -> dict:
         values = {"a": arguments[0], "b": arguments[-1], "n": rng.randint(2, 4) if small else constant(), "c": rng.choice("aeo")}
         what, expression = words.format(**values), code.format(**values)
     name = rng.choice(NAMES)
-    question = rng.choice(ASK).format(name=name, args=", ".join(arguments), what=what)
-    inputs = [_input(rng, kind) for _ in range(max(4, options.tests))]
     reference = eval(f"lambda {', '.join(arguments)}: {expression}")  # our own expression, from the tables above
-    tests = [[f"{name}({', '.join(map(repr, values))})", repr(reference(*values))] for values in inputs]
+
+    def test() -> list[str]:
+        values = _input(rng, kind)
+        return [f"{name}({', '.join(map(repr, values))})", repr(reference(*values))]
+
+    question = _asked(rng, options, name, ", ".join(arguments), what, test)
+    tests = [test() for _ in range(options.tests)]
     source = f"def {name}({', '.join(arguments)}):\n    return {expression}\n"
     return prompt(question, f"```python\n{source}```", {"tests": tests})
+
+
+def _asked(
+    rng: random.Random, options: Options, name: str, args: str, what: str, test: Callable[[], list[str]]
+) -> str:
+    """The question: in words, or by calls and their results, which are drawn apart from the unit tests."""
+    if options.examples and rng.random() < options.examples:
+        calls = ", ".join(f"{call} = {result}" for call, result in (test() for _ in range(SHOWN)))
+        return rng.choice(BY_EXAMPLE).format(name=name, args=args, calls=calls)
+    return rng.choice(ASK).format(name=name, args=args, what=what)
 
 
 def _foreign(rng: random.Random, language: str, options: Options) -> dict:
@@ -154,7 +179,7 @@ def _foreign(rng: random.Random, language: str, options: Options) -> dict:
         body = own.bodies[key].format(a=seen[0], b=seen[-1], n=n, c=c)
         reference = lambda *values: function(*values, n, c)  # noqa: E731
     name = rng.choice(NAMES[3:])
-    inputs = [_input(rng, kind) for _ in range(max(4, options.tests))]
+    inputs = [_input(rng, kind) for _ in range(options.tests)]
     tests = [[_languages.call(language, name, v), json.dumps(reference(*v))] for v in inputs]
     source = _languages.write(language, name, arguments, "number" if kind == "two_numbers" else kind, result, body)
     question = f"In {own.titles[0]}: {rng.choice(FOREIGN).format(name=name, args=', '.join(arguments), what=what)}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from stages.stage import option
 from stages.tasks import _constraints
-from stages.tasks._common import prompt
+from stages.tasks._common import language_names, prompt
 
 
 @dataclass
@@ -97,10 +97,8 @@ def _request(rng: random.Random, options: Options) -> dict:
 
 def _named(given: dict) -> dict:
     """Arguments as a reader wants them: lists with commas, a language by its name."""
-    from babel import Locale
-
     shown = {k: ", ".join(v) for k, v in given.items() if isinstance(v, list)}
-    return shown | ({"language": Locale("en").languages[given["language"]]} if "language" in given else {})
+    return shown | ({"language": language_names()[given["language"]]} if "language" in given else {})
 
 
 def _answer(rng: random.Random, topic: str, request: str, names: list[str], options: Options) -> tuple[list, str]:

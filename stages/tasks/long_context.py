@@ -63,8 +63,9 @@ def check(options: Options) -> str:
         return (
             f"keys={options.keys} and vocabulary={options.vocabulary}, expected 1 <= keys <= vocabulary <= {len(KEYS)}"
         )
-    if not 1 <= options.digits <= 15 or options.keys > 9 * 10 ** (options.digits - 1):
-        return f"digits={options.digits} is not in 1..15 or too small for {options.keys} different numbers"
+    hidden = options.keys + (options.asked - 1 if "multi_value" in options.kinds else 0)
+    if not 1 <= options.digits <= 15 or hidden > 9 * 10 ** (options.digits - 1):
+        return f"digits={options.digits} is not in 1..15 or too small for {hidden} different numbers"
     if not options.lengths or min(options.lengths) < 50 * options.keys:
         return f"lengths={options.lengths}, expected one or more of at least 50 characters a key"
     if not options.kinds or not 1 <= options.asked <= 8:

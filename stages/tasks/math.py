@@ -103,13 +103,15 @@ def _story(rng: random.Random, options: Options) -> dict:
 
 def _events(rng: random.Random, allowed: list[str], words: dict[str, str], options: Options) -> dict:
     """A start and one to a few gains and losses; no number ever leaves 0..max_number."""
-    total = rng.randint(0 if "add" in allowed else 1, options.max_number)
+    total = rng.randint(0 if "add" in allowed else 1, options.max_number - ("subtract" not in allowed))
     story, working = [rng.choice(START).format(a=total, **words)], []
     for step in range(rng.randint(1, options.steps)):
         kind = allowed[0] if step == 0 else rng.choice(allowed[1:])
         room = options.max_number - total if kind == "add" else total
         if room == 0:
             kind, room = ("subtract", total) if kind == "add" else ("add", options.max_number - total)
+            if kind not in allowed:
+                break
         change = rng.randint(1, room)
         after = total + change if kind == "add" else total - change
         working.append(f"{total} {'+' if kind == 'add' else '-'} {change} = {after}")

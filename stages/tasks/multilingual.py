@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from stages.stage import CuveeError, option
-from stages.tasks._common import plain, prompt
+from stages.tasks._common import language_names, plain, prompt
 
 LANGUAGES = tuple("ar cs de el es fa fr he hi id it ja ko nl pl pt ro ru tr uk vi zh".split())
 CATEGORIES = ("days", "months", "languages", "territories")
@@ -124,9 +124,9 @@ def _facts(options: Options, categories: list[str]) -> list[tuple[str, str, str]
 
 def _written(rng: random.Random, category: str, language: str) -> dict:
     """A date or a number, to be written as the language does."""
-    from babel import Locale, dates, numbers
+    from babel import dates, numbers
 
-    called = Locale.parse("en").languages[language]
+    called = language_names()[language]
     if category == "dates":
         day = datetime.date(rng.randint(1900, 2050), rng.randint(1, 12), rng.randint(1, 28))
         form = rng.choice(("long", "full", "medium"))
@@ -173,16 +173,13 @@ def _pairs(file: str, languages: list[str]) -> list[tuple[str, str, str, str]]:
 
 def _translation(source: str, target: str, origin: str, into: str) -> dict:
     """One wording a pair, so that a pair is either held out or trained on."""
-    from babel import Locale
-
-    called = Locale.parse("en").languages
-    question = f"Translate from {called[origin]} into {called[into]}:\n{source}"
+    question = f"Translate from {language_names()[origin]} into {language_names()[into]}:\n{source}"
     return prompt(question, target, {"translation": target, "language": into})
 
 
 def _question(rng: random.Random, category: str, key: str, language: str, into_english: bool) -> dict:
     english, other = names("en", category), names(language, category)
-    called = names("en", "languages")[language]
+    called = language_names()[language]
     source, target = (other, english) if into_english else (english, other)
     question = rng.choice(INTO_ENGLISH if into_english else FROM_ENGLISH).format(x=source[key], l=called)
     right = sorted({target[k] for k in source if source[k] == source[key] and k in target})

@@ -5,7 +5,8 @@ hybrid retrieval (stages/tasks/_retrieval.py) gives the documents; "agent", the 
 (stages/tasks/_agents.py). Reward of the first two: 0.5 for the right span and 0.5 for the right source; an answer without
 citation gets 0.25, a citation where the documents say nothing -0.5.
 
-Your own prompts: `check` is {"span": words, "source": number of the document or -1 for none, "others": words that would be wrong}.
+Your own prompts: `check` is {"span": words, "source": number of the document or -1 for none, "others": words that would be wrong};
+where there is none, the answer is "The documents do not say."
 """
 
 import random
@@ -171,10 +172,11 @@ def verify(prompt: dict, completion: str) -> float:
     check, cited = prompt["check"], citations(completion)
     if check.get("kind") == "agent":
         return _agents.verify(check, completion, cited, plain)
-    words = set(re.findall(r"\w+", completion.casefold()))
     if check["source"] < 0:
         return -0.5 if cited else float(plain(NOTHING) in plain(completion))
+    wanted = plain(check["span"])
     if len(cited) == 1:
         span, sources = cited[0]
-        return 0.5 * (plain(span) in (check["span"], f"a {check['span']}")) + 0.5 * (sources == [(0, check["source"])])
-    return 0.25 if not cited and check["span"] in words and not words & set(check["others"]) else 0.0
+        return 0.5 * (plain(span) in (wanted, f"a {wanted}")) + 0.5 * (sources == [(0, check["source"])])
+    named = lambda words: re.search(rf"(?<!\w){re.escape(words)}(?!\w)", plain(completion)) is not None  # noqa: E731
+    return 0.25 if not cited and named(wanted) and not any(named(plain(other)) for other in check["others"]) else 0.0

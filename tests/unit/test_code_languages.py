@@ -38,7 +38,7 @@ def test_every_operation_gives_what_the_reference_gives(language, monkeypatch):
     made = code.generate(random.Random(1), 2, [], code.Options(languages=[language]))
     assert _languages.results(language, ["\n".join(sources)], [calls]) == [wanted]
     if language in ("javascript", "perl", "ruby"):  # compilers would need more
-        monkeypatch.setitem(sandbox.COMMAND_LIMITS, "seconds", 1.0)
+        monkeypatch.setitem(sandbox.COMMAND_LIMITS, "seconds", 0.5)
     endless = {"javascript": "for(;;);", "perl": "1 while 1;", "ruby": "loop {}"}.get(language, "nonsense (")
     given = [made[0]["answer"], f"```{own.titles[1]}\n{endless}\n```", "no block", "```python\nprint(1)\n```"]
     assert code.verify_batch([made[0]] * 4, given) == [1.0, 0.0, -1.0, -1.0]
