@@ -8,16 +8,16 @@ Every program runs in a fresh child with limits on wall and CPU time, memory, fi
 neither), with an empty environment, an empty working directory, and no file descriptor but its own output. The child
 evaluates the calls and sends back their `repr`; what was expected stays outside, so a program can't read or forge it.
 
-What each level gives, strongest first (`best_level()` is the first that works here):
+What each level gives (`best_level()` is the first that works here; the last one only where you ask for it):
 
 - "namespaces": own user (when not root), mount, pid, network, IPC and UTS namespaces. The root is an empty tmpfs with
   the interpreter and system libraries mounted read-only: no other file, process or network exists for the program. As
   root the program runs as uid 65534, otherwise as the calling user; without capabilities in either case.
 - "bubblewrap": the same walls built by `bwrap`, for users of hosts where only it may create namespaces.
-- "rlimits": a machine without namespaces (many containers). Resource limits hold. As root the program runs as uid
-  65534 and can read what is world-readable; otherwise it has the caller's own rights. An audit hook inside the
-  interpreter refuses files, sockets, processes and signals: enough for accidents and for what a model writes, NOT
-  against an attacker who breaks the interpreter.
+- "rlimits": no walls, for machines that give no namespaces (many containers); taken only with CUVEE_SANDBOX=rlimits in
+  the environment. Resource limits hold. As root the program runs as uid 65534 and can read what is world-readable;
+  otherwise it has the caller's own rights. An audit hook inside the interpreter refuses files, sockets, processes and
+  signals: enough for accidents, NOT against a program that breaks the interpreter.
 
 Commands (other languages: compilers and runtimes need threads, processes, folders) run at the first two levels only, as
 root as a uid of the warden's own, with limits on the processes (before Linux 5.14 these count all that the calling user
@@ -120,7 +120,7 @@ def run_commands(
     """
     level = level or best_level()
     if level == "rlimits":
-        raise CuveeError("the sandbox runs other languages than Python and SQL behind namespaces only, and this machine gives none; "
+        raise CuveeError("the sandbox runs other languages than Python and SQL behind namespaces only, not at the level rlimits; "
                          "allow unprivileged user namespaces, or install bubblewrap, or run elsewhere")  # fmt: skip
     found = {**COMMAND_LIMITS, **(limits or {}), "roots": [p for p in ("/usr", "/bin", *roots) if os.path.isdir(p)]}
     workers = min(len(commands), len(os.sched_getaffinity(0)))
@@ -142,7 +142,7 @@ def _run(programs: Sequence[Any], limits: dict[str, Any], level: str) -> list[Ou
     if len(answers) != len(tasks):
         raise CuveeError(
             f"the sandbox (level {level}) ended after {len(answers)} of {len(tasks)} programs: {reason or 'no message'}; "
-            f"allow unprivileged user namespaces, or install bubblewrap, or run elsewhere"
+            f"see stages/sandbox.py for what the level needs"
         )
     outcome = {task: Outcome(**json.loads(line)) for task, line in zip(tasks, answers, strict=True)}
     return [outcome[line] for line in lines]
@@ -184,9 +184,14 @@ def _bubblewrap(level: str, roots: list[str]) -> list[str]:
 
 @lru_cache(maxsize=1)
 def best_level() -> str:
-    """The strongest level that runs a trivial program here; found once a process. Raises CuveeError if none does."""
-    reasons = []
-    for level in LEVELS:
+    """The strongest level that runs a trivial program here, or the one that CUVEE_SANDBOX names; found once a process.
+
+    Raises CuveeError where none does: a program is never run without walls unless the user has asked for that.
+    """
+    own, reasons = os.environ.get("CUVEE_SANDBOX", ""), []
+    if own and own not in LEVELS:
+        raise CuveeError(f"CUVEE_SANDBOX: {unknown(own, list(LEVELS))}")
+    for level in [own] if own else LEVELS[:2]:
         if level == "bubblewrap" and (os.geteuid() == 0 or not shutil.which("bwrap")):
             continue  # root inside bwrap's user namespace would escape the limit on processes
         try:
@@ -194,4 +199,6 @@ def best_level() -> str:
                 return level
         except CuveeError as error:
             reasons.append(str(error))
-    raise CuveeError(f"no level of the sandbox runs on this machine (it needs Linux): {'; '.join(reasons)}")
+    raise CuveeError("programs that a model has written run behind Linux namespaces, and this machine gives none "
+                     f"({'; '.join(reasons)}); allow (unprivileged) user namespaces, install bubblewrap for an ordinary user, "
+                     "run elsewhere, or set CUVEE_SANDBOX=rlimits to run them without walls, under limits of resources alone")  # fmt: skip

@@ -225,8 +225,39 @@ def test_commands_see_no_files_no_network_no_other_process(walls, tmp_path):
     assert write.output == "a.sh\n" and not list(tmp_path.glob("x")) and not Path("/usr/bin/x").exists()
     assert connect.status == "error" and "through" not in connect.output
     assert kill.output == "alive\n"
-    with pytest.raises(CuveeError, match="behind namespaces only, and this machine gives none"):
+    with pytest.raises(CuveeError, match="behind namespaces only, not at the level rlimits"):
         sandbox.run_commands([command("a.sh", "")], level="rlimits")
+
+
+def test_no_way_out_of_the_root_directory():
+    """A user namespace of its own would give a program the right to leave the folder that it takes for the root."""
+    if best_level() != "namespaces":
+        pytest.skip("the level namespaces does not run here")
+    out = run([program("import ctypes", "ctypes.CDLL(None).unshare(0x10000000)", "__import__('os').listdir('/home')")])[0]
+    assert out.values == ["-1", None]
+
+
+FORBID = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 21, 0, 0, 0); os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+ASK = '''
+from stages import sandbox
+print(sandbox.run([sandbox.Program("x = 1", ["x + 1"])])[0].values)
+'''
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up the right to make namespaces")
+def test_where_namespaces_are_forbidden_nothing_runs_unless_the_user_asks_for_it():
+    """Root without CAP_SYS_ADMIN (21), as in most containers."""
+
+    def ask(**environment):
+        own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
+        return subprocess.run([sys.executable, "-c", FORBID, ASK], env=own, capture_output=True, text=True)
+
+    refused = ask()
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert "CuveeError: programs that a model has written run behind Linux namespaces, and this machine gives none (" in refused.stderr
+    assert "Operation not permitted" in refused.stderr and "set CUVEE_SANDBOX=rlimits" in refused.stderr
+    assert ask(CUVEE_SANDBOX="rlimits").stdout == "['2']\n"
+    assert "CUVEE_SANDBOX: 'rlimit' is not known; did you mean 'rlimits'" in ask(CUVEE_SANDBOX="rlimit").stderr
 
 
 def test_best_level_and_failure(monkeypatch):
