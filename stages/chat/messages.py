@@ -90,6 +90,8 @@ def message(one: Any) -> dict[str, Any]:
     if isinstance(content, list) and not result:
         if not all(isinstance(part, dict) and part.get("type") in PARTS for part in content):
             raise Refused(f"content: expected a text, or parts of type {', '.join(PARTS)}", content)
+        if all(part["type"] == "text" and isinstance(part.get("text"), str) for part in content):
+            content = "\n".join(part["text"] for part in content)  # as the templates that take parts write them
     elif not isinstance(content, str) and not result:
         raise Refused("content: expected a text or a list of parts", content)
     found = {"role": role, "content": content}
@@ -106,8 +108,9 @@ def message(one: Any) -> dict[str, Any]:
 
 
 def openai(one: dict[str, Any]) -> dict[str, Any]:
-    """A message of the neutral schema as OpenAI has it: a call's arguments and a tool's result are JSON texts."""
-    found = dict(one)
+    """A message of the neutral schema as OpenAI has it: a call's arguments and a tool's result are JSON texts, and what was thought
+    is left out (servers refuse fields that they don't know)."""
+    found = {key: value for key, value in one.items() if key not in ("thinking", "tool_plan")}
     if found.get("tool_calls"):
         found["tool_calls"] = [
             {**c, "id": c.get("id", f"call_{i}"), "function": {**c["function"], "arguments": _text(c["function"]["arguments"])}}
@@ -121,7 +124,8 @@ def openai(one: dict[str, Any]) -> dict[str, Any]:
 def said(turn: dict[str, Any]) -> str:
     """A turn as text: what it says, the texts of its parts, the calls it makes as JSON."""
     content = turn.get("content") or ""
-    parts = [content] if isinstance(content, str) else [p.get("text") or _text(p) if isinstance(p, dict) else p for p in content]
+    content = content if isinstance(content, list) else [content]
+    parts = [p.get("text") or _text(p) if isinstance(p, dict) else p for p in content]
     return "\n".join([*filter(None, parts), *(_text(call["function"]) for call in turn.get("tool_calls") or [])])
 
 
@@ -158,9 +162,12 @@ def _order(messages: list[dict[str, Any]]) -> None:
         raise Refused("messages: an assistant's message without content or tool_calls", messages)
     if roles[-1] != "assistant":
         raise Refused("messages: the last one must be the assistant's", roles)
-    for before, after in zip(messages, messages[1:], strict=False):
-        if "tool_calls" in before and after["role"] != "tool":
-            raise Refused("messages: tool_calls that no tool message answers", roles)
+    waiting = 0  # calls without their result; those of the last message may go without
+    for one in messages:
+        waiting -= one["role"] == "tool"
+        if waiting and one["role"] != "tool":
+            raise Refused("messages: tool_calls and the tool messages that answer them differ in number", roles)
+        waiting += len(one.get("tool_calls", []))
 
 
 def _citations(row: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, placement
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {"tokenizer": Input(Kind.TOKENIZER)}
 OUTPUT = Kind.CONVERSATIONS
 KINDS = (".jsonl", ".ndjson", ".parquet")

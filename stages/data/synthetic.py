@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.chat.messages import said
 from stages.chat.render import VARIABLES
 from stages.rollout._collect import check_mix, load_prompts, schedule
 from stages.stage import (
@@ -27,7 +28,7 @@ from stages.stage import (
     unknown,
 )
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {"prompts": Input(Kind.PROMPTS, many=True), "reward": Input(Kind.REWARD_MODEL, optional=True)}
 OUTPUT = Kind.CONVERSATIONS
 
@@ -111,11 +112,18 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     _reward(config, inputs, candidates, ctx)
     _choose(config, client, candidates)
     kept = [c for c in candidates if c["chosen"] is not None]
+    made = [answer for c in candidates for answer in c["answers"]]
+    whole, cut = sum(map(_whole, made)), sum(answer["finish"] == "length" for answer in made)
+    if cut:
+        ctx.log(f"{cut} of {len(made)} answers were cut off at their teacher's max_tokens and are left out")
+    if not whole:
+        raise CuveeError(f"data.synthetic.teachers: none of {len(made)} answers to {len(candidates)} prompts is whole: {cut} do not end within "
+                         f"max_tokens ({_limits(client)}), the others are empty; raise max_tokens, or ask teachers that end their turns: a "
+                         "base model does not")  # fmt: skip
     if not kept:
-        made = [answer for c in candidates for answer in c["answers"]]
-        raise CuveeError(f"data.synthetic.min_reward: of {len(made)} answers to {len(candidates)} prompts {sum(map(_whole, made))} are whole "
-                         f"(the others cut short or empty), and none of these is rewarded {config.min_reward} or more; lower it, raise "
-                         "max_tokens or ask better teachers")  # fmt: skip
+        raise CuveeError(f"data.synthetic.min_reward: of {len(made)} answers to {len(candidates)} prompts {whole} are whole (the others cut "
+                         f"off or empty), and none of these is rewarded {config.min_reward} or more; lower it, raise max_tokens or ask "
+                         "better teachers")  # fmt: skip
     _write(out / "candidates.jsonl", candidates)
     _write(out / "train.jsonl", map(_conversation, kept))
     (out / "usage.json").write_text(json.dumps({name: asdict(u) for name, u in client.usage.items()}, indent=1) + "\n")
@@ -141,7 +149,8 @@ def _requests(config: Config, row: dict[str, Any]) -> list[Any]:
     pool = config.pools.get(row["domain"]) or [
         name for name in config.teachers if name != config.judge or len(config.teachers) == 1
     ]
-    return [Request(name, row["messages"], seed=config.seed * 1000 + i, tools=row.get("tools"))
+    own = {name: row[name] for name in ("documents", "safety_mode") if name in row}  # as `cuvee serve` takes them
+    return [Request(name, row["messages"], seed=config.seed * 1000 + i, tools=row.get("tools"), options=own)
             for name in pool for i in range(config.completions)]  # fmt: skip
 
 
@@ -156,6 +165,10 @@ def _whole(answer: dict[str, Any]) -> bool:
     return answer["message"] is not None and answer["finish"] in ("stop", "tool_calls")
 
 
+def _limits(client: Any) -> str:
+    return ", ".join(f"{name}: {teacher.max_tokens}" for name, teacher in client.teachers.items())
+
+
 def _reward(config: Config, inputs: dict[str, Artifact], candidates: list[dict[str, Any]], ctx: Context) -> None:
     """Set the weighted reward of every whole answer; a reward that says nothing of a prompt is left out of the sum."""
     from stages.rewards._common import refuse_idle
@@ -164,7 +177,7 @@ def _reward(config: Config, inputs: dict[str, Artifact], candidates: list[dict[s
     refuse_idle(sorted(weights), candidates)
     model = inputs["reward"].path if "reward" in inputs else None
     whole = [[a for a in c["answers"] if _whole(a)] for c in candidates]
-    texts = [[a["message"]["content"] for a in row] for row in whole]
+    texts = [[said(a["message"]) for a in row] for row in whole]
     for name, weight in sorted(weights.items()):
         reward = resolve("rewards", name).Reward(ctx, model if name == "reward_model" else None)
         if hasattr(reward, "of_tokens"):
@@ -185,7 +198,7 @@ def _choose(config: Config, client: Any, candidates: list[dict[str, Any]]) -> No
     ]
     if config.judge:
         open_ = [(c, places) for c, places in zip(candidates, good, strict=True) if len(places) > 1]
-        texts = [[c["answers"][i]["message"]["content"] for i in places] for c, places in open_]
+        texts = [[said(c["answers"][i]["message"]) for i in places] for c, places in open_]
         for (c, places), points in zip(open_, grade(client, config.judge, [c for c, _ in open_], texts), strict=True):
             for i, value in zip(places, points, strict=True):
                 c["answers"][i]["grade"] = value

@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from stages.chat.messages import Refused, message, openai
+from stages.chat.messages import Refused, message, openai, said
 from stages.stage import ConfigError, CuveeError, option, parse, placement, unknown
 from stages.store.record import write_atomic
 
@@ -85,7 +85,8 @@ class Completion:
 
     @property
     def text(self) -> str:
-        return self.message["content"] if self.message else ""
+        """What it says, and the calls it makes as JSON."""
+        return said(self.message) if self.message else ""
 
 
 @dataclass
@@ -290,8 +291,8 @@ def _told(response: Any) -> str:
 
 def _completion(answer: dict[str, Any]) -> Completion:
     try:
-        said = message(answer["message"] | {"role": "assistant", "content": answer["message"].get("content") or ""})
-        return Completion(said if said["content"] or "tool_calls" in said else None, answer["finish"])
+        found = message(answer["message"] | {"role": "assistant", "content": answer["message"].get("content") or ""})
+        return Completion(found if found["content"] or "tool_calls" in found else None, answer["finish"])
     except Refused:
         return Completion(None, answer["finish"])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, identity, option, placement, unknown
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "models": Input(Kind.SCORES, many=True),
     "baseline": Input(Kind.SCORES),

@@ -7,10 +7,12 @@ the exchange of the two is a tie.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from stages.chat.messages import said
 from stages.teacher.client import Client, Request
 
 PAIR = """You compare two answers to the last message of a conversation. Judge whether they are right, follow the instructions, \
@@ -91,9 +93,8 @@ def grade(client: Client, judge: str, rows: list[dict[str, Any]], answers: list[
 
 
 def _ask(form: str, row: dict[str, Any], **texts: str) -> dict[str, str]:
-    told = "\n\n".join(
-        f"{m['role']}: {m['content'] if isinstance(m['content'], str) else m['content']!r}" for m in row["messages"]
-    )
+    documents = [f"document {i}: {json.dumps(one, ensure_ascii=False)}" for i, one in enumerate(row.get("documents") or [])]
+    told = "\n\n".join([*documents, *(f"{m['role']}: {said(m)}" for m in row["messages"])])
     known = f"\n\n[An answer known to be right]\n{row['answer']}" if row.get("answer") else ""
     return {"role": "user", "content": form.format(conversation=told, reference=known, **texts)}
 

@@ -55,8 +55,13 @@ BAD = [  # record or line, reason
     ({"messages": [user("q"), assistant("", tool_calls=[call("f", {})])]}, "tool_calls: a function that `tools` does not declare"),
     ({"messages": [user("q"), assistant("", tool_calls=[call("f", "{")])], "tools": [TOOL]}, "tool_calls: expected arguments"),
     ({"messages": [user("q"), assistant("", tool_calls=[call("f", {})]), user("r"), assistant("a")], "tools": [TOOL]},
-     "messages: tool_calls that no tool message answers"),
-    ({"messages": [user("q"), {"role": "tool", "tool_call_id": "c", "content": "x"}, assistant("a")]}, "the chat template refuses it"),
+     "messages: tool_calls and the tool messages that answer them differ"),
+    ({"messages": [user("q"), assistant("", tool_calls=[call("f", {}), call("f", {})]), {"role": "tool", "content": "x"}, assistant("a")],
+      "tools": [TOOL]}, "messages: tool_calls and the tool messages that answer them differ"),
+    ({"messages": [user("q"), {"role": "tool", "tool_call_id": "c", "content": "x"}, assistant("a")]},
+     "messages: tool_calls and the tool messages that answer them differ"),
+    ({"messages": [user("q"), assistant("", tool_calls=[call("f", {}, id="c")]), {"role": "tool", "tool_call_id": "d", "content": "x"},
+                   assistant("a")], "tools": [TOOL]}, "the chat template refuses it"),
     ({"messages": [user("q"), assistant("a")], "tools": [{"name": "f"}]}, "tools: expected {type: function"),
     ({"messages": [user("q"), assistant("a")], "documents": ["d"]}, "documents: expected a list of objects"),
     ({"messages": [user("q"), assistant("a")], "safety_mode": 3}, "safety_mode: expected str"),
@@ -98,7 +103,7 @@ def test_every_line_is_kept_or_refused_with_its_reason(tmp_path, words):
         assert told["file"] == "chats.jsonl" and told["line"] == place and told["reason"].startswith(reason), told
     assert sum(r["count"] for r in report["reasons"].values()) == metrics["rejected"] == len(BAD)
     template = report["reasons"]["the chat template refuses it"]
-    assert template["count"] == 2 and template["first"][1]["line"] == 24 and "<|USER_TOKEN|>" in template["first"][1]["found"]
+    assert template["count"] == 2 and template["first"][1]["line"] == 26 and "<|USER_TOKEN|>" in template["first"][1]["found"]
     own = AutoTokenizer.from_pretrained(words.path)
     variables = ({k: v for k, v in row.items() if k not in ("id", "messages")} for row in rows)
     lengths = [len(own.apply_chat_template(row["messages"], return_dict=False, **v)) for row, v in zip(rows, variables, strict=True)]
@@ -167,6 +172,8 @@ def test_refusals_name_file_line_and_the_way_out(tmp_path, words, monkeypatch):
 def test_parts_and_thinking_are_kept():
     row = conversation({"messages": [user("q"), assistant([{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}], thinking=None)]})
     assert row["messages"][1]["content"][0] == {"type": "thinking", "thinking": "t"} and "thinking" not in row["messages"][1]
+    texts = [{"type": "text", "text": one} for one in "ab"]
+    assert conversation({"messages": [user(texts), assistant("c")]})["messages"][0] == user("a\nb"), "for templates without parts"
     with pytest.raises(Refused, match="thinking: expected a text"):
         conversation({"messages": [user("q"), assistant("a", thinking=3)]})
 

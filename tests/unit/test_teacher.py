@@ -1,14 +1,16 @@
 """Teachers: what passes is tried again, what was answered is kept and counted, and the best answer becomes training data."""
 
 import json
+import random
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 from post_helpers import artifact, context
+from stub_server import serving
 from tiny import checkpoint, jsonl
 
+from stages.chat.messages import openai
 from stages.data import synthetic
 from stages.stage import ConfigError, CuveeError, Kind, identity, parse
 from stages.teacher import compare, judge
@@ -66,36 +68,20 @@ def test_what_passes_is_tried_again_over_real_sockets(tmp_path):
     script = iter(["500", "429", "hang", "garbage", "ok"])
     bodies, hung = [], threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            bodies.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.headers.get("Authorization")))
-            what = next(script)
-            if what == "hang":
-                hung.wait(10)
-                return
-            status = int(what) if what.isdigit() else 200
-            data = json.dumps(answer("yes") if what == "ok" else {"error": {"message": "busy"}}).encode()
-            self.send_response(status)
-            if what == "429":
-                self.send_header("Retry-After", "7")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def reply(asked):
+        bodies.append((asked.path, json.loads(asked.body), asked.headers.get("Authorization")))
+        what = next(script)
+        if what == "hang":
+            hung.wait(10)
+            return None
+        content = answer("yes") if what == "ok" else {"error": {"message": "busy"}}
+        return int(what) if what.isdigit() else 200, content, {"Retry-After": "7"} if what == "429" else {}
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     clock = Clock()
-    values = {"model": "m", "url": f"http://127.0.0.1:{server.server_port}/v1", "timeout": 0.3}
-    try:
-        made = Client(teachers({"t": values}, "x"), tmp_path, clock=clock)
+    with serving(reply) as address:
+        made = Client(teachers({"t": {"model": "m", "url": f"{address}/v1", "timeout": 0.3}}, "x"), tmp_path, clock=clock)
         (done,) = made.complete([ask("q", seed=3)])
-    finally:
         hung.set()
-        server.shutdown()
-        server.server_close()
     assert done.text == "yes" and done.finish == "stop" and made.usage["t"] == Usage(1, 0, 4, 10, 5, 0.0)
     assert bodies[0][0] == "/v1/chat/completions" and bodies[0][2] is None and all(body == bodies[0] for body in bodies)
     expected = {"model": "m", "messages": [{"role": "user", "content": "q"}], "max_tokens": 1024, "temperature": 1.0, "top_p": 1.0, "seed": 3}
@@ -179,13 +165,14 @@ def test_tool_calls_both_ways_and_fields_of_the_body(tmp_path, monkeypatch):
     replies = [answer(None, finish="tool_calls", tool_calls=[call]), answer(""), answer(None, tool_calls=[{"function": {"name": "f", "arguments": "{"}}])]
     made = client(tmp_path, lambda b, n: replies[n - 1], extra={"seed": None, "top_k": 3}, key="SOME_KEY")
     neutral = {"id": "c0", "type": "function", "function": {"name": "f", "arguments": {"x": 0}}}
-    history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [neutral]},
+    history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [neutral]},
                {"role": "tool", "tool_call_id": "c0", "content": {"y": 1}}]  # fmt: skip
     one, empty, broken = made.complete([Request("t", history, tools=[{"type": "function"}]), ask("a"), ask("b")])
     assert one.message == {"role": "assistant", "content": "", "tool_calls": [{**call, "function": {"name": "f", "arguments": {"x": 1}}}]}
     assert empty.message is None and broken.message is None and empty.text == ""
     body = made.seen[0]
     assert body["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"x": 0}' and body["messages"][2]["content"] == '{"y": 1}'
+    assert "thinking" not in body["messages"][1], "OpenAI refuses fields that it does not know"
     assert "seed" not in body and body["top_k"] == 3 and body["tools"] == [{"type": "function"}]
 
 
@@ -246,9 +233,9 @@ def pool(monkeypatch):
     return bodies
 
 
-def make(tmp_path, name="out", **values):
-    jsonl(tmp_path / "prompts" / "train.jsonl", PROMPTS)
-    inputs = {"prompts": {"math": artifact(tmp_path / "prompts", Kind.PROMPTS)}}
+def make(tmp_path, name="out", prompts=PROMPTS, **values):
+    jsonl(tmp_path / "prompts" / "train.jsonl", prompts)
+    inputs = {"prompts": {prompts[0]["domain"]: artifact(tmp_path / "prompts", Kind.PROMPTS)}}
     known = {n: {"model": n, "url": URL, "output_price": 1.0} for n in ("even", "odd")}
     config = parse(synthetic.Config, {"teachers": known, "prompts": 6, **values}, "synthetic")
     synthetic.check(config, inputs)
@@ -327,6 +314,60 @@ def test_pools_dry_run_cache_and_refusals(tmp_path, pool):
                            ({"rewards": {"verifyer": 1.0}}, "rewards: 'verifyer'")):  # fmt: skip
         with pytest.raises(ConfigError, match=reason):
             make(tmp_path, "four", **values)
+
+
+def answering(monkeypatch, handle):
+    """Every teacher's server is `handle`, of a request's body. Returns the bodies."""
+    own, bodies = httpx.Client, []
+
+    def respond(request):
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, json=handle(bodies[-1]))
+
+    monkeypatch.setattr(httpx, "Client", lambda transport=None: own(transport=httpx.MockTransport(respond)))
+    return bodies
+
+
+def test_teachers_that_never_end_a_turn_are_told_from_wrong_ones(tmp_path, monkeypatch):
+    answering(monkeypatch, lambda body: answer("7 " * 9, finish="length") if body["model"] == "even" else answer(""))
+    with pytest.raises(CuveeError, match=r"none of 12 answers to 6 prompts is whole: 6 do not end within max_tokens \(even: 1024, odd: 1024\), "
+                                         "the others are empty; raise max_tokens, or ask"):  # fmt: skip
+        make(tmp_path)
+
+
+def test_a_teacher_that_calls_tools_and_reads_documents_is_rewarded_for_it(tmp_path, monkeypatch):
+    from stages.tasks import rag
+    from tests.unit.test_tasks import DOCUMENTS
+
+    def rows(kind):
+        options = parse(rag.Options, {"kinds": [kind], "form": "template"}, "x")
+        made = rag.generate(random.Random(3), 30, DOCUMENTS, options)
+        return [{"id": f"r{i}", "domain": "rag", **p} for i, p in enumerate(p for p in made if (kind == "agent") == ("reply" in p))][:6]
+
+    agent, facts = rows("agent"), rows("facts")
+
+    def solve(body):
+        assert "thinking" not in str(body["messages"])
+        if body.get("documents"):
+            return answer(next(row["answer"] for row in facts if row["documents"] == body["documents"]))
+        row = next(r for r in agent if r["messages"][0]["content"] == body["messages"][0]["content"] and len(r["messages"]) == len(body["messages"]))
+        return answer(None, finish="tool_calls", tool_calls=openai(row["reply"])["tool_calls"])
+
+    bodies = answering(monkeypatch, solve)
+    one = {"t": {"model": "t", "url": URL}}
+    metrics, out = make(tmp_path, "agent", agent, teachers=one)
+    assert metrics["conversations"] == len(agent) and metrics["reward"] == 1.0
+    learned = [json.loads(line)["messages"][-1] for line in open(out / "train.jsonl")]
+    assert all(turn["tool_calls"] and not turn["content"] for turn in learned)
+    metrics, _ = make(tmp_path, "facts", facts, teachers=one)
+    assert metrics["reward"] == 1.0 and all(body["documents"] for body in bodies[-len(facts) :])
+
+
+def test_a_judge_sees_documents_and_calls():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]
+    (asked,) = judge.grades("t", [{"messages": turns, "documents": [{"text": "the cat is black"}]}], [["yes"]])
+    text = asked.messages[0]["content"]
+    assert '{"text": "the cat is black"}' in text and 'assistant: {"name": "f", "arguments": {"x": 1}}' in text
 
 
 def test_where_a_teacher_runs_and_what_it_costs_is_no_part_of_the_address():
