@@ -8,16 +8,17 @@ Every program runs in a fresh child with limits on wall and CPU time, memory, fi
 neither), with an empty environment, an empty working directory, and no file descriptor but its own output. The child
 evaluates the calls and sends back their `repr`; what was expected stays outside, so a program can't read or forge it.
 
-What each level gives (`best_level()` is the first that works here; the last one only where you ask for it):
+What each level gives, strongest first (`best_level()` is the first that works here; CUVEE_SANDBOX in the environment
+names the only one you accept):
 
 - "namespaces": own user (when not root), mount, pid, network, IPC and UTS namespaces. The root is an empty tmpfs with
   the interpreter and system libraries mounted read-only: no other file, process or network exists for the program. As
   root the program runs as uid 65534, otherwise as the calling user; without capabilities in either case.
 - "bubblewrap": the same walls built by `bwrap`, for users of hosts where only it may create namespaces.
-- "rlimits": no walls, for machines that give no namespaces (many containers); taken only with CUVEE_SANDBOX=rlimits in
-  the environment. Resource limits hold. As root the program runs as uid 65534 and can read what is world-readable;
-  otherwise it has the caller's own rights. An audit hook inside the interpreter refuses files, sockets, processes and
-  signals: enough for accidents, NOT against a program that breaks the interpreter.
+- "rlimits": no walls, for machines that give no namespaces (many containers, Ubuntu 24.04 for ordinary users); each
+  process that takes it says so in its log. Resource limits hold. As root the program runs as uid 65534 and can read what
+  is world-readable; otherwise it has the caller's own rights. An audit hook inside the interpreter refuses files,
+  sockets, processes and signals: enough for accidents, NOT against a program that breaks the interpreter.
 
 Commands (other languages: compilers and runtimes need threads, processes, folders) run at the first two levels only, as
 root as a uid of the warden's own, with limits on the processes (before Linux 5.14 these count all that the calling user
@@ -29,6 +30,7 @@ No level stops timing side channels, kernel exploits or (unless the caller is ro
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -49,6 +51,7 @@ LEVELS = ("namespaces", "bubblewrap", "rlimits")
 # Seconds of CPU time of a program and of each of its calls; those of commands hold for each of their processes.
 LIMITS = {"seconds": 1.0, "call_seconds": 0.5, "wall_seconds": 20.0, "memory_mb": 256, "file_mb": 1}
 COMMAND_LIMITS = {"seconds": 10.0, "wall_seconds": 60.0, "memory_mb": 1024, "file_mb": 64, "processes": 64}
+logger = logging.getLogger("cuvee.sandbox")
 _WARDEN = Path(__file__).with_name("_warden.py")
 
 
@@ -186,19 +189,22 @@ def _bubblewrap(level: str, roots: list[str]) -> list[str]:
 def best_level() -> str:
     """The strongest level that runs a trivial program here, or the one that CUVEE_SANDBOX names; found once a process.
 
-    Raises CuveeError where none does: a program is never run without walls unless the user has asked for that.
+    Raises CuveeError where none does.
     """
     own, reasons = os.environ.get("CUVEE_SANDBOX", ""), []
     if own and own not in LEVELS:
         raise CuveeError(f"CUVEE_SANDBOX: {unknown(own, list(LEVELS))}")
-    for level in [own] if own else LEVELS[:2]:
+    for level in [own] if own else LEVELS:
         if level == "bubblewrap" and (os.geteuid() == 0 or not shutil.which("bwrap")):
             continue  # root inside bwrap's user namespace would escape the limit on processes
         try:
             if run([Program("x = 1", ["x + 1"])], {"wall_seconds": 60.0}, level)[0].values == ["2"]:
+                if level == "rlimits" and not own:
+                    logger.warning("model-written programs run under limits of resources alone, this machine gives no namespaces: "
+                                   "see stages/sandbox.py; CUVEE_SANDBOX=namespaces refuses that, CUVEE_SANDBOX=rlimits is silent")
                 return level
         except CuveeError as error:
             reasons.append(str(error))
-    raise CuveeError("programs that a model has written run behind Linux namespaces, and this machine gives none "
-                     f"({'; '.join(reasons)}); allow (unprivileged) user namespaces, install bubblewrap for an ordinary user, "
-                     "run elsewhere, or set CUVEE_SANDBOX=rlimits to run them without walls, under limits of resources alone")  # fmt: skip
+    raise CuveeError(f"the sandbox of model-written programs does not run on this machine at {own and f'CUVEE_SANDBOX={own}' or 'any level'} "
+                     f"({'; '.join(reasons) or 'it is not installed'}); allow (unprivileged) user namespaces, install bubblewrap for an "
+                     "ordinary user, run elsewhere, or set CUVEE_SANDBOX=rlimits to have limits of resources alone")  # fmt: skip

@@ -245,18 +245,21 @@ print(sandbox.run([sandbox.Program("x = 1", ["x + 1"])])[0].values)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up the right to make namespaces")
-def test_where_namespaces_are_forbidden_nothing_runs_unless_the_user_asks_for_it():
+def test_where_namespaces_are_forbidden_it_is_said_and_can_be_refused():
     """Root without CAP_SYS_ADMIN (21), as in most containers."""
 
     def ask(**environment):
         own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
         return subprocess.run([sys.executable, "-c", FORBID, ASK], env=own, capture_output=True, text=True)
 
-    refused = ask()
+    said = ask()
+    assert said.stdout == "['2']\n" and "this machine gives no namespaces" in said.stderr
+    accepted = ask(CUVEE_SANDBOX="rlimits")
+    assert accepted.stdout == "['2']\n" and accepted.stderr == ""
+    refused = ask(CUVEE_SANDBOX="namespaces")
     assert refused.returncode == 1 and refused.stdout == ""
-    assert "CuveeError: programs that a model has written run behind Linux namespaces, and this machine gives none (" in refused.stderr
+    assert "does not run on this machine at CUVEE_SANDBOX=namespaces (" in refused.stderr
     assert "Operation not permitted" in refused.stderr and "set CUVEE_SANDBOX=rlimits" in refused.stderr
-    assert ask(CUVEE_SANDBOX="rlimits").stdout == "['2']\n"
     assert "CUVEE_SANDBOX: 'rlimit' is not known; did you mean 'rlimits'" in ask(CUVEE_SANDBOX="rlimit").stderr
 
 
