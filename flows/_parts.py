@@ -5,11 +5,16 @@ from __future__ import annotations
 from omegaconf import OmegaConf
 
 
+def domains(conf):
+    """The experts, and what has prompts without an expert."""
+    return list(dict.fromkeys([*conf.recipe.experts, *conf.recipe.get("also", [])]))
+
+
 def data(step, conf):
     """(corpus, prompts of each domain, tokens): curate, generate, train the tokenizer, write the tokens."""
     corpus = step("corpus", "data.curate", conf.data)
     prompts = {e: step(f"prompts-{e}", "data.prompts", conf.expert[e].prompts, corpus=corpus)
-               for e in conf.recipe.experts}
+               for e in domains(conf)}
     tokenizer = step("tokenizer", "data.tokenizer", conf.tokenizer, corpus=corpus, prompts=prompts)
     return corpus, prompts, step("tokens", "data.tokens", conf.tokens, corpus=corpus, tokenizer=tokenizer, prompts=prompts)
 
@@ -30,12 +35,13 @@ def sampled_pairs(step, conf, policy, prompts, at=""):
             for name, part in (("pairs-many", "many"), ("pairs", "best"), ("probe", "probe"))]
 
 
-def averaged(step, name, conf, seeds, average, init, prompts, kept=0, judged=None):
+def averaged(step, name, conf, seeds, average, init, prompts, tokens, kept=0, judged=None):
     """SFT with every seed, averaged; of a single seed the model itself. Where `kept` is less than the seeds, the best ones
     on the domain that the mix has most of, by the evaluation section `judged`."""
+    inputs = {"init": init, "prompts": prompts, "tokens": tokens if conf.replay else None}
     if len(seeds) == 1:
-        return step(name, "train.sft", seeded(conf, seeds[0]), init=init, prompts=prompts)
-    models = {str(s): step(f"{name}-seed-{s}", "train.sft", seeded(conf, s), init=init, prompts=prompts) for s in seeds}
+        return step(name, "train.sft", seeded(conf, seeds[0]), **inputs)
+    models = {str(s): step(f"{name}-seed-{s}", "train.sft", seeded(conf, s), **inputs) for s in seeds}
     if not 0 < kept < len(seeds):
         return step(name, "merge.soup", average, models=models, base=init)
     own = {d: prompts[d] for d, share in conf.mix.items() if share == max(conf.mix.values())} or prompts

@@ -7,7 +7,7 @@ differently from the others stands in conf/expert/<name>.yaml.
 
 from __future__ import annotations
 
-from flows._parts import averaged, having, sampled_pairs, seeded
+from flows._parts import averaged, domains, having, sampled_pairs, seeded
 
 
 def recipe(step, conf) -> None:
@@ -15,7 +15,7 @@ def recipe(step, conf) -> None:
 
     # Data: curate, train the tokenizer, write the tokens
     corpus = step("corpus", "data.curate", conf.data)
-    prompts = {e: step(f"prompts-{e}", "data.prompts", conf.expert[e].prompts, corpus=corpus) for e in experts}
+    prompts = {e: step(f"prompts-{e}", "data.prompts", conf.expert[e].prompts, corpus=corpus) for e in domains(conf)}
     tokenizer = step("tokenizer", "data.tokenizer", conf.tokenizer, corpus=corpus, prompts=prompts)
     tokens = step("tokens", "data.tokens", conf.tokens, corpus=corpus, tokenizer=tokenizer, prompts=prompts)
 
@@ -30,11 +30,11 @@ def recipe(step, conf) -> None:
     reward = reward_model(step, conf.reward, conf.recipe.reward_seeds, policy=instruct, prompts=prompts)
 
     # Six SFT experts from Instruct, and their soup
-    sft = {e: sft_expert(step, e, conf, {"instruct": instruct, "base": base}, prompts) for e in experts}
+    sft = {e: sft_expert(step, e, conf, {"instruct": instruct, "base": base}, prompts, tokens) for e in experts}
     sft_soup = step("sft-soup", "merge.soup", conf.soup.sft, models=sft, base=instruct)
 
     # Six RL experts from the soup, and their soup
-    rl = {e: rl_expert(step, e, conf, sft, sft_soup, instruct, prompts) for e in experts}
+    rl = {e: rl_expert(step, e, conf, sft, sft_soup, instruct, prompts, tokens) for e in experts}
     rl_soup = step("rl-soup", "merge.soup", conf.soup.rl, models=rl, base=sft_soup)
 
     # Polish, in rounds: SFT on the best of N, offline preference, online RL; what the judge prefers goes on
@@ -76,23 +76,23 @@ def reward_model(step, conf, seeds, policy, prompts):
     return step("reward", "train.reward", conf.second, start=first, pairs=best, ensemble=ensemble, probe=probe)
 
 
-def sft_expert(step, name, conf, starts, prompts):
+def sft_expert(step, name, conf, starts, prompts, tokens):
     """Section 3.3: SFT with each seed, and a second one on the best data where `refine_seeds` has any."""
     own = conf.expert[name]
     first = f"sft-{name}-first" if own.refine_seeds else f"sft-{name}"
-    model = best_seeds(step, first, conf, own.sft, own.seeds, starts[own.start], prompts)
+    model = best_seeds(step, first, conf, own.sft, own.seeds, starts[own.start], prompts, tokens)
     if not own.refine_seeds:
         return model
-    return best_seeds(step, f"sft-{name}", conf, having(own.sft, **own.refine), own.refine_seeds, model, prompts)
+    return best_seeds(step, f"sft-{name}", conf, having(own.sft, **own.refine), own.refine_seeds, model, prompts, tokens)
 
 
-def best_seeds(step, name, conf, sft, seeds, init, prompts):
+def best_seeds(step, name, conf, sft, seeds, init, prompts, tokens):
     """Section 3.3.3: the average of the best `recipe.seeds_kept` seeds, by held-out prompts that no score is reported of."""
     judged = having(conf.evaluate, skip=conf.evaluate.prompts_per_domain)
-    return averaged(step, name, sft, seeds, conf.average, init, prompts, conf.recipe.seeds_kept, judged)
+    return averaged(step, name, sft, seeds, conf.average, init, prompts, tokens, conf.recipe.seeds_kept, judged)
 
 
-def rl_expert(step, name, conf, sft, soup, instruct, prompts):
+def rl_expert(step, name, conf, sft, soup, instruct, prompts, tokens):
     """RL from the soup. Section 3.3.3's regularisers: `redo` trains the expert again, from a soup without it, and starts
     there; `anchor` merges the result with what it started from; the third is conf.rl.sft_weight."""
     own, start = conf.expert[name], soup
@@ -100,7 +100,7 @@ def rl_expert(step, name, conf, sft, soup, instruct, prompts):
         others = {e: model for e, model in sft.items() if e != name}
         start = step(f"sft-soup-without-{name}", "merge.soup", conf.soup.sft, models=others, base=instruct)
         start = best_seeds(step, f"sft-{name}-again", conf, having(own.sft, **own.refine),
-                           own.refine_seeds or own.seeds, start, prompts)
+                           own.refine_seeds or own.seeds, start, prompts, tokens)
     if not own.anchor:
         return step(f"rl-{name}", "train.rl", own.rl, init=start, prompts=prompts)
     alone = step(f"rl-{name}-alone", "train.rl", own.rl, init=start, prompts=prompts)

@@ -14,7 +14,7 @@ def recipe(step, conf) -> None:
     pretrained = step("pretrained", "train.pretrain", conf.pretrain, tokens=tokens)
     base = step("base", "train.pretrain", conf.cooldown, tokens=tokens, init=pretrained)  # longer contexts, annealed
     seeds, models = conf.recipe.seeds, {"base": base}
-    models["instruct"] = averaged(step, "instruct", conf.instruct, seeds, conf.average, base, prompts)
+    models["instruct"] = averaged(step, "instruct", conf.instruct, seeds, conf.average, base, prompts, tokens)
 
     for number in range(1, conf.recipe.polish_rounds + 1):
         best, at = list(models.values())[-1], f"-{number}"

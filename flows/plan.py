@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from flows import together
 from flows.graph import Graph, Node
 from flows.lineage import changes
 from stages.stage import ConfigError, resolve
@@ -13,32 +15,36 @@ from stages.trainer import layout
 ALIKE = 10.0  # how many times more or less work than before may be scaled from it
 
 
-def state(store: Any, node: Node) -> tuple[str, str]:
-    """("done", "") or ("run", why): new, or the first fields in which it differs from the artifact of that name."""
-    if store.record(node.fingerprint):
-        return "done", ""
-    previous = store.record(store.aliases().get(node.name, "-"))
+def known(store: Any, nodes: list[Node]) -> list[tuple[dict[str, Any] | None, dict[str, Any] | None]]:
+    """Of each node (its artifact's record, the record that its name stands for), None where there is none."""
+    aliases = store.aliases()
+    before = [aliases.get(node.name) for node in nodes]
+    wanted = {node.fingerprint for node in nodes} | {fingerprint for fingerprint in before if fingerprint}
+    records = dict(zip(wanted, together(store.record, wanted), strict=True))
+    return [(records[node.fingerprint], records.get(old)) for node, old in zip(nodes, before, strict=True)]
+
+
+def why(node: Node, previous: dict[str, Any] | None) -> str:
+    """Why a stage runs: new, or the first fields in which it differs from `previous`, the artifact of that name."""
     if previous is None:
-        return "run", "new"
+        return "new"
     now = {"stage": node.stage, "version": node.module.VERSION, "config": node.identity, "external": node.external,
            "inputs": node.map_inputs(lambda n: {"fingerprint": n.fingerprint})}
     own = changes(previous, now)
     names = [f"{field.removeprefix('config.')}: {old} -> {new}" for field, old, new in own
              if not field.startswith("inputs.")]
     if names:
-        return "run", "; ".join(n if len(n) < 60 else n[:59] + "…" for n in names[:3])
-    changed = sorted({field.removeprefix("inputs.") for field, _, _ in own})
-    return "run", "input " + ", ".join(changed) + " changed"
+        return "; ".join(n if len(n) < 60 else n[:59] + "…" for n in names[:3])
+    return "input " + ", ".join(sorted({field.removeprefix("inputs.") for field, _, _ in own})) + " changed"
 
 
-def predict(store: Any, node: Node, flops_per_second: float) -> float:
-    """Seconds the stage will take: as long as the artifact of that name took, scaled by the work; without one, from
-    the FLOPs of its tokens (6 a parameter and token to train, 2 to generate)."""
+def predict(node: Node, previous: dict[str, Any] | None, flops_per_second: float) -> float:
+    """Seconds the stage will take: as long as `previous`, the artifact of that name, took, scaled by the work; without
+    one, from the FLOPs of its tokens (6 a parameter and token to train, 2 to generate)."""
     def flops(e: Any) -> float:
         return e["parameters"] * (6.0 * e["train_tokens"] + 2.0 * e["generated_tokens"])
 
     work = flops(vars(node.estimate))
-    previous = store.record(store.aliases().get(node.name, "-"))
     before = flops(previous["estimate"]) if previous else 0.0
     if before and 1 / ALIKE <= work / before <= ALIKE:
         return previous["seconds"] * work / before
@@ -72,8 +78,12 @@ def check_layout(node: Node, cluster: Any) -> float:
     for config, length in phases(node.config):
         layout.check(config, model, cluster.devices, cluster.device, where, length)
         layout.check_batch(config, cluster.devices, length, where)
-        reference = resolve("objectives", getattr(node.config, "objective", "ce")).NEEDS_REFERENCE
-        found = layout.memory(config, model, cluster.devices, length, reference)
+        objective = resolve("objectives", getattr(node.config, "objective", "ce"))
+        found = layout.memory(config, model, cluster.devices, length, objective.NEEDS_REFERENCE)
+        if getattr(objective, "NEEDS_VALUES", False):  # a value network of the same sizes, trained in turn with the policy
+            critic = layout.memory(config, model, cluster.devices, length)
+            found = replace(found, weights=found.weights + critic.weights, gradients=found.gradients + critic.gradients,
+                            optimizer=found.optimizer + critic.optimizer)
         if found.total > cluster.memory_gib * layout.GIB:
             raise ConfigError(f"{where}: sequences of {length} take {found.total / layout.GIB:,.1f} GiB of a device "
                               f"({found.describe()}), but cluster={cluster.name} has {cluster.memory_gib}; "
@@ -95,17 +105,17 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
     cluster = graph.conf.cluster
     yield f"{'stage':<24}{'address':<14}{'state':<6}{'tokens':>10}{'memory':>10}{'storage':>10}{'time':>9}  why"
     total, seconds, storage = 0, 0.0, 0.0
-    for node in nodes:
-        doing, why = state(store, node)
+    for node, (made, previous) in zip(nodes, known(store, nodes), strict=True):
+        doing, reason = ("done", "") if made else ("run", why(node, previous))
         estimate = node.estimate
         tokens = estimate.train_tokens + estimate.generated_tokens
         memory = check_layout(node, cluster)
         keeps = 4 * estimate.parameters if node.kind.value in ("checkpoint", "reward_model", "export") else 0
-        took = predict(store, node, cluster.flops_per_second) if doing == "run" else 0.0
-        if doing == "run":
+        took = 0.0 if made else predict(node, previous, cluster.flops_per_second)
+        if not made:
             total, seconds, storage = total + 1, seconds + took, storage + keeps
         yield (f"{node.name:<24}{node.fingerprint[:12]:<14}{doing:<6}{_count(tokens):>10}{_bytes(memory):>10}"
-               f"{_bytes(keeps):>10}{_time(took) if doing == 'run' else '':>9}  {why}")
+               f"{_bytes(keeps):>10}{'' if made else _time(took):>9}  {reason}")
     cost = seconds / 3600 * cluster.price_per_hour
     yield ""
     yield (f"{total} of {len(nodes)} stages will run; about {_time(seconds)} of stage time on cluster={cluster.name}, "

@@ -1,19 +1,20 @@
 """Of models made from one start, publish the one that a reward model prefers to it most; the start where none is preferred.
 
-The gate at the end of a round of polishing. Judged on held-out prompts that the report's scores don't use (`skip`), so
-that the choice does not flatter them. A model on which a domain falls by more than `most_fall` is not chosen, where the
+The gate at the end of a round of polishing. Judged on held-out prompts that the report's scores don't use (`skip` passes
+them over), so that the choice does not flatter them. A model on which a domain falls by more than `most_fall` is not chosen, where the
 fall is taken one standard error smaller than it was measured: the noise of a few prompts must not end every round.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.evaluation._suites import Suite, answer, held_out, judge
+from stages.merge.checkpoint import copy_model
 from stages.stage import Artifact, ConfigError, Context, Estimate, Input, Kind, option
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "start": Input(Kind.CHECKPOINT),
     "models": Input(Kind.CHECKPOINT, many=True),
@@ -24,29 +25,15 @@ OUTPUT = Kind.CHECKPOINT
 
 
 @dataclass
-class Config:
-    engine: str = option("transformers", "what generates", "rollout/engines")
-    prompts_per_domain: int = option(200, "held-out prompts a domain; 0 takes all after `skip`")
-    skip: int = option(500, "held-out prompts a domain passed over: those that evaluation reports")
-    max_new_tokens: int = option(1024, "longest completion in tokens; generation is greedy")
+class Config(Suite):
     least_win: float = option(0.5, "a model whose win rate against the start is not above this is not chosen")
     most_fall: float = option(0.02, "largest fall of a domain's mean score beyond one standard error, in [0, 1]")
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
+    config.check_suite(inputs)
     if not 0.5 <= config.least_win < 1 or config.most_fall < 0:
         raise ConfigError(f"least_win is {config.least_win}, most_fall {config.most_fall}; give 0.5 to 1 and 0 or more")
-    if config.skip < 0 or config.prompts_per_domain < 0 or config.max_new_tokens < 1:
-        raise ConfigError(
-            f"skip is {config.skip}, prompts_per_domain {config.prompts_per_domain}, max_new_tokens "
-            f"{config.max_new_tokens}; give at least 0, 0 and 1"
-        )
-    for domain, prompts in inputs.get("prompts", {}).items():
-        left = getattr(prompts, "heldout", config.skip + 1)  # a plan's input is the configuration of data.prompts
-        if left <= config.skip and not prompts.heldout_files:
-            raise ConfigError(
-                f"skip: {config.skip} leaves none of the {left} held-out prompts of {domain}; raise its `heldout`"
-            )
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -58,10 +45,8 @@ def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
     """Copy the chosen CHECKPOINT folder to `out`, beside it `choice.json` with what all candidates reached.
 
-    Returns `chosen` (1 where a model was preferred to the start, else 0) and each candidate's `win/` rate.
+    Returns `chosen/<name>` (1 for the one that was, else 0; `start` among them) and each candidate's `win/<name>` rate.
     """
-    from stages.evaluation.evaluate import answer, held_out, judge
-
     prompts = held_out(inputs["prompts"], config.prompts_per_domain, config.skip)
     samples = {}
     for name, model in {"start": inputs["start"], **dict(sorted(inputs["models"].items()))}.items():
@@ -71,16 +56,16 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     found = {name: compare(rows, samples["start"]) for name, rows in samples.items() if name != "start"}
     chosen = choose(found, config.least_win, config.most_fall)
     source: Artifact = inputs["models"].get(chosen, inputs["start"])
-    for path in sorted(source.path.iterdir()):
-        if path.is_file() and path.name not in ("record.json", "choice.json", "rollouts.jsonl"):
-            shutil.copyfile(path, out / path.name)
+    copy_model(source.path, out)
     choice = {"chosen": chosen, "prompts": len(prompts), "candidates": found}
     (out / "choice.json").write_text(json.dumps(choice, indent=1, sort_keys=True) + "\n")
     for name, one in found.items():
         ctx.log(f"{name}: wins {one['win'][0]:.1%} ({one['win'][1]:.1%} to {one['win'][2]:.1%}), largest fall "
                 f"{one['fall']:.3f} ({one['fallen']})")  # fmt: skip
     ctx.log(f"chosen: {chosen}")
-    return {"chosen": float(chosen != "start"), **{f"win/{name}": one["win"][0] for name, one in found.items()}}
+    return {f"chosen/{name}": float(name == chosen) for name in samples} | {
+        f"win/{name}": one["win"][0] for name, one in found.items()
+    }
 
 
 def compare(rows: list[dict[str, Any]], start: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from stages.stage import ConfigError
@@ -52,8 +53,9 @@ def total(values: Tensor, weight: Tensor) -> Tensor:
     return (values.detach() * weight).sum()
 
 
-def above(config: Any, least: float, *names: str) -> None:
-    """Raises ConfigError for an option that is less than `least`."""
+def within(config: Any, *names: str, most: float = inf) -> None:
+    """Raises ConfigError for an option that is not from 0 to `most`."""
     for name in names:
-        if not getattr(config, name) >= least:
-            raise ConfigError(f"options.{name}: {getattr(config, name)} is below {least:g}; give {least:g} or more")
+        if not 0 <= getattr(config, name) <= most:
+            allowed = "0 or more" if most == inf else f"0 to {most:g}"
+            raise ConfigError(f"options.{name}: {getattr(config, name)} is out of range; give {allowed}")

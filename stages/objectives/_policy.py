@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stages.objectives._common import by_group, filled, length
+from stages.objectives._common import by_group, filled, length, log_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,11 +63,22 @@ def average(batch: Packed, values: Tensor, part: Tensor) -> tuple[Tensor, Tensor
 
 
 def described(batch: Packed, part: Tensor, **values: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Means over the sequences where `part` is 1: the [S] values given, entropy (-log pi a token: the policy's entropy
-    on its own completions), length (target tokens), and with behaviour kl_sampler (KL a token from what sampled)."""
+    """Means over the sequences where `part` is 1: the [S] values given, reward (field), entropy (-log pi a token: the
+    policy's entropy on its own completions) and length (target tokens).
+
+    With a reference log_ratio, log pi/pi_ref (token sum, of either sign: of what pi_ref sampled it estimates
+    -KL(pi_ref || pi)); with behaviour kl_sampler, KL(sampler || pi) a token; with both kl, KL(pi || pi_ref) of a completion:
+    k3 weighed by pi/sampler token by token, which is never negative, whoever of the two sampled.
+    """
     tokens = length(batch)
     mean = lambda each: batch.sums(each) / tokens.clamp(min=1)  # noqa: E731
-    values = values | {"entropy": mean(-batch.logprobs), "length": tokens}
+    reward = batch.fields["reward"].to(batch.logprobs)
+    values = values | {"reward": reward, "entropy": mean(-batch.logprobs), "length": tokens}
+    if batch.reference is not None:
+        values["log_ratio"] = log_ratio(batch)
     if batch.behaviour is not None:
         values["kl_sampler"] = mean(k3(batch.logprobs - batch.behaviour))
+        if batch.reference is not None:
+            rho = ratio(batch.logprobs - batch.behaviour)
+            values["kl"] = batch.sums(rho * k3(batch.reference - batch.logprobs))
     return {name: ((value.detach() * part).sum(), part.sum()) for name, value in values.items()}

@@ -14,8 +14,8 @@ A group is the completions of one prompt; field `reward` is R. Sequences without
 
 from dataclasses import dataclass
 
-from stages.objectives._common import by_group, filled, length, log_ratio, total
-from stages.objectives._policy import k3
+from stages.objectives._common import by_group, log_ratio
+from stages.objectives._policy import contrasted, described
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
 
@@ -33,28 +33,12 @@ class Config:
 
 
 def loss(batch: Packed, config: Config) -> Loss:
-    """Sum over groups of k >= 2 filled sequences; count = such groups.
-
-    Metrics, each the mean over a group's completions: reward (R), kl (log pi/pi_ref: the KL on the policy's own
-    completions), entropy (-log pi a token, likewise), length (target tokens), and with behaviour kl_sampler (KL a token
-    from what sampled them).
-    """
-    present = filled(batch).to(batch.logprobs)
-    h, reward = log_ratio(batch), batch.fields["reward"].to(batch.logprobs)
-    value = (reward - config.beta * h) * present
-    k = by_group(batch, present)
-    contrasted = (k >= 2).to(value)
+    """Sum over groups of k >= 2 filled sequences; count = such groups. Metrics: those of `described`."""
+    part = contrasted(batch)
+    value = (batch.fields["reward"].to(batch.logprobs) - config.beta * log_ratio(batch)) * part
+    k = by_group(batch, part)
     mean = by_group(batch, value) / k.clamp(min=1)
-    deviation = (value - mean[batch.group]) * present
-    terms = by_group(batch, deviation**2) * k / (k - 1).clamp(min=1) * contrasted
+    deviation = (value - mean[batch.group]) * part
+    terms = by_group(batch, deviation**2) * k / (k - 1).clamp(min=1)
     scale = 1 / (2 * config.beta) if config.rescale else 1.0
-
-    def average(values):
-        return total(by_group(batch, values.detach() * present) / k.clamp(min=1), contrasted)
-
-    tokens = length(batch)
-    surprise = -batch.sums(batch.logprobs) / tokens.clamp(min=1)
-    metrics = {"reward": average(reward), "kl": average(h), "entropy": average(surprise), "length": average(tokens)}
-    if batch.behaviour is not None:
-        metrics["kl_sampler"] = average(batch.sums(k3(batch.logprobs - batch.behaviour)) / tokens.clamp(min=1))
-    return Loss(scale * terms.sum(), contrasted.sum(), metrics)
+    return Loss(scale * terms.sum(), (k > 0).to(value).sum(), described(batch, part))

@@ -12,7 +12,7 @@ A group is the completions of one prompt; field `reward` is r. Sequences without
 
 from dataclasses import dataclass
 
-from stages.objectives._common import above, length
+from stages.objectives._common import length, within
 from stages.objectives._policy import clipped, contrasted, cut, described, ratio, standardised
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
@@ -30,13 +30,13 @@ class Config:
     clip_high: float = option(0.28, "ratios above 1 + clip_high are clipped")
 
     def check(self) -> None:
-        above(self, 0, "clip_low", "clip_high")
+        within(self, "clip_low", "clip_high")
 
 
 def loss(batch: Packed, config: Config) -> Loss:
     """Sum over the tokens of groups of k >= 2 filled sequences; count = these tokens (the sum of their mask).
 
-    Metrics, means over sequences: reward, clipped (share of tokens), and those of `described`.
+    Metrics, means over sequences: clipped (share of tokens), and those of `described`.
     """
     part, reward = contrasted(batch), batch.fields["reward"].to(batch.logprobs)
     advantage = standardised(batch, reward, part)[batch.sequence]
@@ -45,4 +45,4 @@ def loss(batch: Packed, config: Config) -> Loss:
     tokens = length(batch)
     share = batch.sums(cut(rho, advantage, *limits)) / tokens.clamp(min=1)
     total = batch.sums(clipped(rho, advantage, *limits)).sum()
-    return Loss(total, (tokens * part).sum(), described(batch, part, reward=reward, clipped=share))
+    return Loss(total, (tokens * part).sum(), described(batch, part, clipped=share))

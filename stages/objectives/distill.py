@@ -12,8 +12,8 @@ small. A group is one sequence.
 
 from dataclasses import dataclass
 
-from stages.objectives._common import above
-from stages.stage import ConfigError, option
+from stages.objectives._common import within
+from stages.stage import option
 from stages.trainer.batch import Loss, Packed
 
 GROUP = "single"
@@ -28,9 +28,7 @@ class Config:
     weight: float = option(0.9, "of the teacher's distribution, 0 to 1; the labels have the rest")
 
     def check(self) -> None:
-        above(self, 0, "weight")
-        if self.weight > 1:
-            raise ConfigError(f"options.weight: {self.weight} leaves the labels less than nothing; give 1 or less")
+        within(self, "weight", most=1)
 
 
 def loss(batch: Packed, config: Config) -> Loss:

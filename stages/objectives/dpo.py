@@ -9,7 +9,7 @@ A group is a pair; field `chosen` is 1 for the preferred completion, 0 for the o
 
 from dataclasses import dataclass
 
-from stages.objectives._common import complete, log_ratio, pick, total
+from stages.objectives._common import complete, log_ratio, pick, total, within
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
 
@@ -24,6 +24,9 @@ COUNT = "groups"
 class Config:
     beta: float = option(0.1, "strength of the pull to the reference model")
     label_smoothing: float = option(0.0, "probability that a preference label is wrong, 0 to 0.5")
+
+    def check(self) -> None:
+        within(self, "label_smoothing", most=0.5)
 
 
 def loss(batch: Packed, config: Config) -> Loss:

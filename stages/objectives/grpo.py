@@ -11,7 +11,7 @@ A group is the completions of one prompt; field `reward` is r. Sequences without
 
 from dataclasses import dataclass
 
-from stages.objectives._common import above, length
+from stages.objectives._common import length, within
 from stages.objectives._policy import average, clipped, contrasted, cut, described, k3, ratio, standardised
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
@@ -30,13 +30,13 @@ class Config:
     clip_high: float = option(0.2, "ratios above 1 + clip_high are clipped")
 
     def check(self) -> None:
-        above(self, 0, "clip_low", "clip_high")
+        within(self, "clip_low", "clip_high")
 
 
 def loss(batch: Packed, config: Config) -> Loss:
     """Sum over groups of k >= 2 filled sequences; count = such groups.
 
-    Metrics, means over sequences: reward, kl (log pi/pi_ref), clipped (share of tokens), and those of `described`.
+    Metrics, means over sequences: clipped (share of tokens), and those of `described`.
     """
     part, reward = contrasted(batch), batch.fields["reward"].to(batch.logprobs)
     advantage = standardised(batch, reward, part)[batch.sequence]
@@ -46,5 +46,4 @@ def loss(batch: Packed, config: Config) -> Loss:
     each = clipped(rho, advantage, *limits) + config.beta * k3(batch.reference - batch.logprobs)
     total, count = average(batch, batch.sums(each) / tokens, part)
     share = batch.sums(cut(rho, advantage, *limits)) / tokens
-    kl = batch.sums(batch.logprobs - batch.reference)
-    return Loss(total, count, described(batch, part, reward=reward, kl=kl, clipped=share))
+    return Loss(total, count, described(batch, part, clipped=share))

@@ -3,7 +3,9 @@
 With h(y) = log pi(y|x)/pi_ref(y|x) and D = h_w - h_l:    l = (D - 1/(2 beta))^2
 
 `average` divides h of either side by its number of target tokens, as TRL does and the authors confirmed; without
-it h is a token sum, the form that CoPG with rewards 1/2 apart equals up to the factor beta^2.
+it h is a token sum, the form that CoPG with rewards 1/2 apart equals up to the factor beta^2. At D = 0 the gradient by D is
+-1/beta, beside which a cross-entropy term of weight 1 is nothing; `rescale` multiplies the loss by beta / 2, as CoPG's does,
+so that it is -1/2.
 A group is a pair; field `chosen` is 1 for the preferred completion, 0 for the other.
 """
 
@@ -24,6 +26,7 @@ COUNT = "groups"
 class Config:
     beta: float = option(0.1, "strength of the pull to the reference model")
     average: bool = option(True, "divide each side's log-ratio by its tokens")
+    rescale: bool = option(False, "multiply the loss by beta / 2: gradients of the size of a policy gradient's")
 
 
 def loss(batch: Packed, config: Config) -> Loss:
@@ -40,4 +43,5 @@ def loss(batch: Packed, config: Config) -> Loss:
         "chosen_ratio": total(winner, pairs),
         "rejected_ratio": total(loser, pairs),
     }
-    return Loss(((gap - 1 / (2 * config.beta)) ** 2 * pairs).sum(), pairs.sum(), metrics)
+    scale = config.beta / 2 if config.rescale else 1.0
+    return Loss(scale * ((gap - 1 / (2 * config.beta)) ** 2 * pairs).sum(), pairs.sum(), metrics)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.objectives._common import above, filled, log_ratio
+from stages.objectives._common import filled, log_ratio, within
 from stages.stage import option
 from stages.trainer.batch import Group, Loss, Packed, Sequence
 
@@ -34,7 +34,7 @@ class Config:
     undesirable_weight: float = option(1.0, "w_u")
 
     def check(self) -> None:
-        above(self, 0, "desirable_weight", "undesirable_weight")
+        within(self, "desirable_weight", "undesirable_weight")
 
 
 def prepare(groups: list[Group], trainer: Any) -> list[Group]:

@@ -13,7 +13,7 @@ A group is the completions of one prompt; field `reward` is r. Sequences without
 
 from dataclasses import dataclass
 
-from stages.objectives._common import above
+from stages.objectives._common import within
 from stages.objectives._policy import LARGEST, average, contrasted, described, leave_one_out, ratio
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
@@ -31,13 +31,13 @@ class Config:
     gamma: float = option(0.1, "strength of the pull to the policy that sampled")
 
     def check(self) -> None:
-        above(self, 0, "gamma")
+        within(self, "gamma")
 
 
 def loss(batch: Packed, config: Config) -> Loss:
     """Sum over groups of k >= 2 filled sequences; count = such groups.
 
-    Metrics, means over sequences: reward (r), kl (log pi/pi_ref), divergence (KL(pi || pi_k)), those of `described`.
+    Metrics, means over sequences: divergence (KL(pi || pi_k)), and those of `described`.
     """
     part, reward = contrasted(batch), batch.fields["reward"].to(batch.logprobs)
     shaped = reward - config.beta * batch.sums(batch.behaviour - batch.reference)
@@ -46,5 +46,4 @@ def loss(batch: Packed, config: Config) -> Loss:
     rho = ratio(difference)
     divergence = rho * difference - rho + 1
     total, count = average(batch, config.gamma * divergence - rho * advantage, part)
-    kl = batch.sums(batch.logprobs - batch.reference)
-    return Loss(total, count, described(batch, part, reward=reward, kl=kl, divergence=divergence))
+    return Loss(total, count, described(batch, part, divergence=divergence))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.objectives._common import above, length
+from stages.objectives._common import length, within
 from stages.objectives._policy import clipped, cut, described, ratio
-from stages.stage import ConfigError, option
+from stages.stage import option
 from stages.trainer.batch import Loss, Packed
 
 if TYPE_CHECKING:
@@ -47,24 +47,20 @@ class Config:
     value_steps: int = option(0, "first steps that train the value network alone")
 
     def check(self) -> None:
-        above(self, 0, "clip", "value_clip", "value_lr", "value_steps", "gamma", "lam")
-        if max(self.gamma, self.lam) > 1:
-            raise ConfigError(f"options: gamma is {self.gamma}, lam {self.lam}; give 1 or less of both")
+        within(self, "clip", "value_clip", "value_lr", "value_steps")
+        within(self, "gamma", "lam", most=1)
 
 
 def loss(batch: Packed, config: Config) -> Loss:
     """The policy's: sum over tokens; count = tokens (the sum of their mask).
 
-    Metrics, means over sequences: reward (r), kl (log pi/pi_ref), clipped (share of tokens), and those of `described`.
+    Metrics, means over sequences: clipped (share of tokens), and those of `described`.
     """
     advantage = batch.token_fields["advantage"]
     rho, tokens = ratio(batch.logprobs - batch.behaviour), length(batch)
     total = batch.sums(clipped(rho, advantage, config.clip, config.clip)).sum()
-    part = (tokens > 0).to(rho)
     share = batch.sums(cut(rho, advantage, config.clip, config.clip)) / tokens.clamp(min=1)
-    kl = batch.sums(batch.logprobs - batch.reference)
-    more = {"reward": batch.fields["reward"].to(rho), "kl": kl, "clipped": share}
-    return Loss(total, tokens.sum(), described(batch, part, **more))
+    return Loss(total, tokens.sum(), described(batch, (tokens > 0).to(rho), clipped=share))
 
 
 def value_loss(batch: Packed, config: Config) -> Loss:

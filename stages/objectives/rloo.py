@@ -11,7 +11,7 @@ A group is the completions of one prompt; field `reward` is r. Sequences without
 
 from dataclasses import dataclass
 
-from stages.objectives._common import above
+from stages.objectives._common import within
 from stages.objectives._policy import average, clipped, contrasted, cut, described, leave_one_out, ratio
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
@@ -29,13 +29,13 @@ class Config:
     clip: float = option(0.2, "ratios outside 1 - clip .. 1 + clip are clipped")
 
     def check(self) -> None:
-        above(self, 0, "clip")
+        within(self, "clip")
 
 
 def loss(batch: Packed, config: Config) -> Loss:
     """Sum over groups of k >= 2 filled sequences; count = such groups.
 
-    Metrics, means over sequences: reward (r), kl (log pi/pi_ref), clipped (share), and those of `described`.
+    Metrics, means over sequences: clipped (share), and those of `described`.
     """
     part, reward = contrasted(batch), batch.fields["reward"].to(batch.logprobs)
     shaped = reward - config.beta * batch.sums(batch.behaviour - batch.reference)
@@ -43,5 +43,4 @@ def loss(batch: Packed, config: Config) -> Loss:
     rho = ratio(batch.sums(batch.logprobs - batch.behaviour))
     total, count = average(batch, clipped(rho, advantage, config.clip, config.clip), part)
     share = cut(rho, advantage, config.clip, config.clip)
-    kl = batch.sums(batch.logprobs - batch.reference)
-    return Loss(total, count, described(batch, part, reward=reward, kl=kl, clipped=share))
+    return Loss(total, count, described(batch, part, clipped=share))

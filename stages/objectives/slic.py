@@ -8,7 +8,7 @@ A group is a pair; field `chosen` is 1 for the preferred completion, 0 for the o
 
 from dataclasses import dataclass
 
-from stages.objectives._common import above, complete, pick, total
+from stages.objectives._common import complete, pick, total, within
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
 
@@ -25,7 +25,7 @@ class Config:
     regularisation: float = option(0.1, "lambda, weight of the preferred completion's negative log-likelihood")
 
     def check(self) -> None:
-        above(self, 0, "delta")
+        within(self, "delta", "regularisation")
 
 
 def loss(batch: Packed, config: Config) -> Loss:

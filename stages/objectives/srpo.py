@@ -19,7 +19,7 @@ beta and alpha of Command A are not published; the defaults are those of the pap
 
 from dataclasses import dataclass
 
-from stages.objectives._common import complete, log_ratio, pick, total
+from stages.objectives._common import complete, log_ratio, pick, total, within
 from stages.stage import option
 from stages.trainer.batch import Loss, Packed
 
@@ -34,6 +34,9 @@ COUNT = "groups"
 class Config:
     beta: float = option(0.01, "strength of the pull to the reference model")
     alpha: float = option(0.25, "weight of the reviser's loss, 0 to 1; the policy's has the rest")
+
+    def check(self) -> None:
+        within(self, "alpha", most=1)
 
 
 def loss(batch: Packed, config: Config) -> Loss:

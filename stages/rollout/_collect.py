@@ -10,9 +10,25 @@ from stages.stage import Artifact, ConfigError, Context, CuveeError, names, opti
 
 
 @dataclass
-class SampleConfig:
+class EngineConfig:
     engine: str = option("transformers", "what generates", "rollout/engines")
     engine_options: dict[str, Any] = placement({}, "where the engine is and how fast; see stages/rollout/engines/<engine>.py")
+
+    def check_engine(self) -> None:
+        """Raises ConfigError for options that the engine does not have."""
+        if self.engine != "transformers":
+            resolve("rollout/engines", self.engine).check_options(self.engine_options)
+        elif self.engine_options:  # told here, as that engine takes torch to import
+            given = ", ".join(self.engine_options)
+            raise ConfigError(f"engine_options: {given} given, but engine transformers has none; remove it or choose openai")
+
+    def make_engine(self, path: Path, ctx: Context, state: Any = None) -> Any:
+        """The engine with the CHECKPOINT folder at `path`, or with other weights of it: `state`."""
+        return resolve("rollout/engines", self.engine).Engine(path, ctx, state, self.engine_options)
+
+
+@dataclass
+class SampleConfig(EngineConfig):
     mix: dict[str, float] = option({}, "share of each domain's prompts; empty takes all domains equally")
     completions: int = option(4, "completions sampled of each prompt (k)")
     max_new_tokens: int = option(1024, "longest completion in tokens")
@@ -39,11 +55,17 @@ class SampleConfig:
             )
         if self.rewards.get("reward_model") and "reward" not in inputs:
             raise ConfigError("rewards: reward_model has a weight, but the stage has no input `reward`; give it one")
-        if self.engine_options or self.engine != "transformers":  # which needs no check, and takes torch to import
-            resolve("rollout/engines", self.engine).check_options(self.engine_options)
-        if self.completions + self.with_answer < 1 or self.max_new_tokens < 1:
+        self.check_engine()
+        if self.completions < 0 or self.completions + self.with_answer < 1 or self.max_new_tokens < 1:
             raise ConfigError(
                 f"completions: {self.completions} of {self.max_new_tokens} tokens sample nothing; give at least 1 of each"
+            )
+        if self.temperature < 0:
+            raise ConfigError(f"temperature: {self.temperature:g} is negative; give 0 (the likeliest token) or more")
+        if self.max_new_tokens >= self.sequence_length:
+            raise ConfigError(
+                f"max_new_tokens: {self.max_new_tokens} leave no room for a prompt in sequence_length {self.sequence_length}; "
+                "lower the first or raise the second"
             )
 
 

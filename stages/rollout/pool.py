@@ -51,7 +51,16 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
 
 def _rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(row["domain"], row["id"]): row for row in read_jsonl(folder / "samples.jsonl")}
+    """By prompt; one that was drawn again has the completions of each time."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in read_jsonl(folder / "samples.jsonl"):
+        known = found.setdefault((row["domain"], row["id"]), row)
+        if known is not row:
+            for key in LISTS:
+                known[key] += row[key]
+            for name, values in known["parts"].items():
+                values += row["parts"][name]
+    return found
 
 
 def _pooled(rows: dict[str, dict[str, Any]], best: int) -> dict[str, Any]:

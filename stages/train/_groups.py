@@ -27,6 +27,9 @@ class ObjectiveConfig:
         0.0, "weight of a cross-entropy term on each group's best completion, averaged over its tokens"
     )
     min_gap: float = option(0.0, "least difference between the highest and the lowest reward of a group")
+    mask_special: bool = option(
+        False, "leave special tokens (the end of a turn, a call's marks) out of what is compared and learned"
+    )
 
     def resolve(self, *groups: str) -> tuple[Any, Any]:
         """(module, its Config). Raises ConfigError for an unknown option, or an objective whose GROUP is another."""
@@ -114,14 +117,16 @@ class Grouper:
     group differ by min_gap at least, and those of a pair always differ.
 
     soft_label s > 0 labels a pair p = sigmoid(s * gap) instead of 1; margin m asks for a score gap of m * gap.
-    behaviour: `completions` carry the log-probabilities of their sampling; CuveeError for a row without.
+    behaviour: `completions` carry the log-probabilities of their sampling; CuveeError for a row without. mask_special:
+    special tokens are no targets: in both of a pair they would be raised and lowered (Llama 3, arXiv 2407.21783, 4.1.4).
     """
 
     def __init__(
         self, tokenizer: Any, kind: str, sequence_length: int, *, min_gap=0.0, soft_label=0.0, margin=0.0, per_prompt=1,
-        behaviour=False,
+        behaviour=False, mask_special=False,
     ):  # fmt: skip
         self.tokenizer, self.kind, self.sequence_length = tokenizer, kind, sequence_length
+        self.masked = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special] if mask_special else []
         self.min_gap, self.soft_label, self.margin, self.per_prompt = min_gap, soft_label, margin, per_prompt
         self.behaviour = behaviour
 
@@ -136,7 +141,10 @@ class Grouper:
             "revisions": self._revisions,
         }
         groups = build[self.kind](prompt, completions, row)
-        return [g for g in groups if all(len(s.tokens) <= self.sequence_length for s in g)]
+        groups = [g for g in groups if all(len(s.tokens) <= self.sequence_length for s in g)]
+        for sequence in (s for g in groups for s in g):
+            sequence.mask[np.isin(sequence.tokens, self.masked)] = 0
+        return groups
 
     def _single(self, prompt, completions, row) -> list[Group]:
         sequence = make_sequence(prompt, completions[int(np.argmax(row["rewards"]))])
@@ -153,7 +161,8 @@ class Grouper:
                 "sample with temperature=1 and with_answer=false, or choose an objective without ratios (copg)"
             )
         given = enumerate(zip(completions, logprobs, row["rewards"], strict=True))
-        return [[make_sequence(prompt, c, p, reward=r, sft=float(i == best)) for i, (c, p, r) in given]]
+        told = max(row["rewards"]) > min(row["rewards"])  # among completions rewarded alike none is to be imitated
+        return [[make_sequence(prompt, c, p, reward=r, sft=float(told and i == best)) for i, (c, p, r) in given]]
 
     def _contrasts(self, rewards: list[float]) -> list[tuple[int, int]]:
         """(better, worse), the widest gaps first: the first is the highest against the lowest reward."""

@@ -22,7 +22,6 @@ from stages.train._groups import Grouper, epoch_slice
 from stages.trainer.batch import Sequence
 from stages.trainer.parallel import on_first
 
-HALF_THRESHOLD = 0.5  # nats between a policy trained in BF16 and an engine; logits of 30 are known to 0.1
 PROBES = 4  # prompts of a block whose log-probabilities check that engine and trainer agree after each sync
 
 
@@ -47,7 +46,7 @@ class Rollouts:
         draws = len(self.files()) * config.prompts_of_block()
         self.drawn = schedule({d: len(rows) for d, rows in self.prompts.items()}, config.mix, draws, config.seed)
         self.grouper = Grouper(
-            self.tokenizer, module.GROUP, config.sequence_length, min_gap=config.min_gap,
+            self.tokenizer, module.GROUP, config.sequence_length, min_gap=config.min_gap, mask_special=config.mask_special,
             behaviour=module.NEEDS_BEHAVIOUR or (config.temperature == 1 and not config.with_answer),
         )  # fmt: skip
         self.sampler: Sampler | None = None
@@ -67,8 +66,8 @@ class Rollouts:
         self._tell(step, {"rollout/staleness": step - self.version})  # optimizer steps behind the weights in training
         if not self.groups:
             return []
-        at = (step - first) * self.config.batch_groups
-        order = epoch_slice(len(self.groups), at, self.config.batch_groups, self.config.seed + first)
+        count = min(self.config.batch_groups, len(self.groups))  # no group twice in a step
+        order = epoch_slice(len(self.groups), (step - first) * count, count, self.config.seed + first)
         return [group for i in order for group in self.groups[i]]
 
     def _load(self, number: int, first: int) -> None:
@@ -119,14 +118,12 @@ class Rollouts:
         return folder
 
     def _take_over(self, policy: Any, probes: list[list[int]]) -> float:
-        config = self.config
         if self.sampler is None:
-            engine = self.engines.Engine(self.init, self.ctx, policy.hf_state(), config.engine_options)
-            self.sampler = Sampler(config, engine, self.ctx, self.reward)
+            engine = self.config.make_engine(self.init, self.ctx, policy.hf_state())
+            self.sampler = Sampler(self.config, engine, self.ctx, self.reward)
         else:
             self.sampler.engine.sync_weights(policy.hf_state())
-        engine, half = self.sampler.engine, config.precision_at(0) != "fp32"
-        return self.engines.parity(engine, policy, probes, max(engine.threshold, HALF_THRESHOLD if half else 0.0))
+        return self.engines.parity(self.sampler.engine, policy, probes)
 
     def _ask(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """(rows, seconds spent) of this process's share of a block's prompts."""

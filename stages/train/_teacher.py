@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from stages.merge.checkpoint import tokenizer_digests
+from stages.model.inference import extend
 from stages.stage import Context, CuveeError
 from stages.trainer.batch import Group, Sequence
 
@@ -23,7 +24,7 @@ class Teacher:
             raise CuveeError(
                 f"teacher: {path} has another tokenizer than the student {init}; give one trained with the same"
             )
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(ctx.device).eval()
+        self.model = extend(AutoModelForCausalLM.from_pretrained(path, dtype="auto")).to(ctx.device).eval()
         self.known = len(AutoTokenizer.from_pretrained(path))  # rows above have no text
         self.k = min(k, self.known)
 

@@ -40,8 +40,9 @@ def external(config: Config) -> dict[str, Any]:
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
-    sequences = {"pair": 2, "revisions": 6, "completions": 4}[config.resolve(*KINDS)[0].GROUP]
-    tokens = config.steps * config.batch_groups * sequences * config.sequence_length
+    # How many completions a prompt has is the samples' to know.
+    sequences = {"pair": 2 * config.pairs_per_prompt, "revisions": 6 * config.pairs_per_prompt, "completions": 4}
+    tokens = config.steps * config.batch_groups * sequences[config.resolve(*KINDS)[0].GROUP] * config.sequence_length
     return Estimate(parameters=inputs["init"].parameters, train_tokens=tokens)
 
 
@@ -59,7 +60,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     good = [r for r in rows if r["rewards"] and (floor is None or sum(r["rewards"]) / len(r["rewards"]) >= floor)]
     grouper = Grouper(
         AutoTokenizer.from_pretrained(init), module.GROUP, config.sequence_length, min_gap=config.min_gap,
-        per_prompt=config.pairs_per_prompt, behaviour=module.NEEDS_BEHAVIOUR,
+        per_prompt=config.pairs_per_prompt, behaviour=module.NEEDS_BEHAVIOUR, mask_special=config.mask_special,
     )  # fmt: skip
     prompts = [groups for groups in map(grouper, good) if groups]
     if not prompts:

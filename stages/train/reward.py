@@ -63,8 +63,14 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     if ("init" in inputs) == ("start" in inputs):
         raise ConfigError("give one of the inputs `init` (a language model) and `start` (a reward model), not both")
     for one in config.strengths:
-        if not isinstance(one, list) or len(one) != 2 or not 0 <= one[1] <= 1:
+        numbers = isinstance(one, list) and len(one) == 2 and all(isinstance(v, int | float) for v in one)
+        if not numbers or not 0 <= one[1] <= 1:
             raise ConfigError(f"strengths: {one!r} is not [reward gap, label from 0 to 1], e.g. [1.0, 0.999]")
+    if config.strengths != sorted(config.strengths, key=lambda one: -one[0]):
+        raise ConfigError(f"strengths: the gaps of {config.strengths} do not fall; the largest comes first")
+    for name in ("min_gap", "soft_label", "ties", "margin", "centring"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}: {getattr(config, name)} is negative; give 0 or more")
     if config.agree and not (config.strengths and "ensemble" in inputs):
         raise ConfigError(
             "agree: compares rewards with an ensemble; give the input `ensemble`, and strengths to label by"

@@ -15,7 +15,7 @@ from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind
 from stages.train._groups import ObjectiveConfig, needs_values
 from stages.trainer.config import TrainConfig
 
-VERSION = "3"
+VERSION = "4"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -74,8 +74,15 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         raise ConfigError(
             "off_policy: true, but with rollout_every 0 all rollouts are sampled at the start; give rollout_every 1 or more"
         )
-    if config.completions + config.with_answer < 2:
+    if config.completions < 1 or config.completions + config.with_answer < 2:
         raise ConfigError(f"completions: {config.completions} contrasts nothing; give at least 2")
+    if config.temperature == 0 and not config.with_answer:
+        raise ConfigError("temperature: 0 samples the same completion each time, which contrasts nothing; give 1")
+    if needs_values(module) and config.context_parallel > 1:
+        raise ConfigError(
+            f"context_parallel: {config.context_parallel}, under which objective {config.objective} and its value network were "
+            "never tried; set it to 1 or choose copg, grpo or rloo"
+        )
 
 
 def external(config: Config) -> dict[str, Any]:
@@ -86,6 +93,7 @@ def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
     blocks = config.block(config.steps - 1)[0] + 1
     generated = blocks * config.prompts_of_block() * config.completions * config.max_new_tokens
     trained = config.steps * config.batch_groups * (config.completions + config.with_answer) * config.sequence_length
+    trained *= 1 + needs_values(config.resolve(*KINDS)[0])
     return Estimate(parameters=inputs["init"].parameters, train_tokens=trained, generated_tokens=generated)
 
 
@@ -113,13 +121,13 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         config=config, stream=seen, objective=objective(config, *KINDS), out=out, ctx=ctx, init=init, tokenizer=init,
         reference=init if module.NEEDS_REFERENCE else None, critic=critic,
     )  # fmt: skip
-    if not any(any(map(stream.grouper, read_jsonl(path))) for path in stream.files()):
+    blocks = [read_jsonl(path) for path in stream.files()]
+    if not any(len(set(row["rewards"])) > 1 and stream.grouper(row) for rows in blocks for row in rows):
         raise CuveeError(
             f"rewards: no prompt of any rollout has completions that differ by more than min_gap {config.min_gap} (or they "
             f"exceed sequence_length {config.sequence_length}), so nothing was learned; sample more completions, or set "
             "with_answer=true"
         )
-    blocks = [read_jsonl(path) for path in stream.files()]
     write_jsonl(out / "rollouts.jsonl", [{"block": i, **row} for i, rows in enumerate(blocks) for row in rows])
     (out / "samples.json").write_text(json.dumps(_table([blocks[0], blocks[-1]][: len(blocks)]), ensure_ascii=False))
     first, last = (statistics(rows, config.completions) for rows in (blocks[0], blocks[-1]))

@@ -1,13 +1,16 @@
 """A wrong key, type or choice: one sentence with the nearest valid name. And the graph that a right one gives."""
 
+import shutil
+import threading
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from flows import config
 from flows.config import compose
 from flows.graph import Graph
-from flows.plan import state, table
+from flows.plan import check_layout, known, table
 from stages.stage import ConfigError
 from stages.store.local import LocalStore
 
@@ -29,6 +32,7 @@ def graph(*overrides):
     ("scale=lptop", "scale: 'lptop' is not known; did you mean 'laptop'"),
     ("recipe.experts=[code,mth]", "recipe.experts: 'mth' is not known; did you mean 'math'"),
     ("recipe.experts=[]", "recipe.experts is empty"),
+    ("recipe.also=[cod]", "recipe.also: 'cod' is not known; did you mean 'code'"),
     ("data.sources=3", "data.sources=3"),
     ("data.sources=[]", "data.sources"),
     ("instruct=3", "instruct is a section"),
@@ -115,26 +119,50 @@ def test_fewer_experts_and_a_part_of_the_graph():
         small.until(["polishd"])
 
 
+def test_instruction_following_feeds_instruct_and_polish_without_an_expert():
+    nodes = graph("scale=h100x1").nodes
+    named = "instruction_following"
+    prompted = {name for name, node in nodes.items() if named in (node.inputs.get("prompts") or {})}
+    assert {"instruct", "reward-pairs", "best-of-n-samples", "online", "scores-polished"} <= prompted
+    assert not {f"sft-{named}", f"rl-{named}"} & set(nodes)
+    assert "agent" in nodes["prompts-rag"].config.options["kinds"]  # the larger scales take conf/tasks/graded.yaml
+    both = graph("scale=h100x1", f"recipe.experts=[code,{named}]").nodes  # an expert too, with the same prompts
+    assert both[f"prompts-{named}"].fingerprint == nodes[f"prompts-{named}"].fingerprint and f"rl-{named}" in both
+
+
 def test_plan_says_what_runs_and_refuses_what_cannot_fit(tmp_path):
     store, small = LocalStore(tmp_path), graph("recipe.experts=[code]")
     lines = list(table(store, small, list(small.nodes.values())))
     assert lines[-1].startswith(f"{len(small.nodes)} of {len(small.nodes)} stages will run")
-    assert state(store, small.nodes["corpus"]) == ("run", "new")
+    assert lines[1].split()[0] == "corpus" and lines[1].endswith("  new")
     large = graph("model=command_a")
     with pytest.raises(ConfigError, match="pretrain: sequences of 256 take 1,7.* GiB of a device .* but cluster=local has 8; choose a smaller"):
         list(table(store, large, list(large.nodes.values())))
 
 
-def test_a_new_expert_is_one_yaml(tmp_path, monkeypatch):
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A copy of conf/ to add files to."""
+    monkeypatch.setattr(config, "CONF", shutil.copytree(config.CONF, tmp_path / "conf"))
+    return config.CONF
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("instruct: {stpes: 3}", "conf/scale/own.yaml: instruct.stpes: Key 'stpes'"),
+    ("instruct: {steps: abc}", "conf/scale/own.yaml: instruct.steps: Value 'abc'"),
+    ("instruct: {steps: 3", "own.yaml, line 3: expected"),
+    ("defaults: [override /model: 9b]", "Could not find 'model/9b'"),
+])
+def test_a_mistake_in_a_file_of_ones_own_is_one_sentence(conf, text, sentence):
+    (conf / "scale/own.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        compose(["scale=own"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_new_expert_is_one_yaml(conf):
     """A file in conf/expert is an expert: no list to edit."""
-    import shutil
-
-    from flows import config
-
-    conf = tmp_path / "conf"
-    shutil.copytree(config.CONF, conf)
     (conf / "expert" / "algebra.yaml").write_text("defaults: [_base, _self_]\nprompts: {domain: math}\n")
-    monkeypatch.setattr(config, "CONF", conf)
     assert "rl-algebra" in graph("recipe.experts=[code,algebra]").nodes
 
 
@@ -144,6 +172,63 @@ def test_the_best_seeds_are_averaged_by_prompts_that_no_score_is_reported_of():
     assert set(names) < {p.name for p in nodes["sft-code"].parents} and nodes["sft-code"].config.top == 2
     judged, reported = nodes[names[0]], nodes["scores-sft-code"]
     assert judged.config.skip == reported.config.prompts_per_domain and list(judged.inputs["prompts"]) == ["code"]
+
+
+def test_any_sft_can_replay_pretraining_documents():
+    full = ["expert.code.refine_seeds=[0,1]", "expert.code.redo=true"]
+    nodes = graph(*full, "expert.code.sft.replay=0.1").nodes
+    replaying = {name for name, node in nodes.items() if node.stage == "train.sft" and node.inputs.get("tokens")}
+    own = ("first", "seed-0", "seed-1", "again-seed-0", "again-seed-1")
+    assert replaying == {f"sft-code-{name}" for name in own}
+    assert changed("expert.math.sft.replay=0.1") == downstream("sft-math")
+
+
+def test_plan_counts_a_value_network(tmp_path):
+    values = ["scale=h100x8", "cluster=h100x8", "expert.math.rl.rollout_every=1", "expert.math.rl.sft_weight=0",
+              "expert.math.rl.min_gap=0"]  # fmt: skip
+    memory, tokens = [], []
+    for objective in ("grpo", "ppo"):
+        found = graph(*values, f"expert.math.rl.objective={objective}", "expert.math.rl.options={beta: 0.05}")
+        node = found.nodes["rl-math"]
+        memory.append(check_layout(node, found.conf.cluster))
+        tokens.append(node.estimate.train_tokens)
+    assert tokens[1] == 2 * tokens[0]
+    weight = node.estimate.parameters / found.conf.cluster.devices
+    assert memory[1] - memory[0] > 4 * weight
+
+
+@pytest.mark.parametrize("words", [
+    ["run", "--until", "sft-soup", "scale=micro", "+data=web"],
+    ["run", "scale=micro", "--until=sft-soup", "+data=web"],
+    ["run", "scale=micro", "+data=web", "--until", "sft-soup"],
+])  # fmt: skip
+def test_options_and_overrides_stand_in_any_order(words):
+    from flows.cli import _parse
+
+    args = _parse(words)
+    assert args.until == "sft-soup" and args.overrides == ["scale=micro", "+data=web"]
+    args = _parse(["chat", "polished", "--temperature", "0.5", "store=s3"])
+    assert (args.artifact, args.temperature, args.overrides) == ("polished", 0.5, ["store=s3"])
+
+
+class Bucket:
+    """A store that answers no question before eight are asked."""
+
+    def __init__(self):
+        self.listed, self.barrier = 0, threading.Barrier(8)
+
+    def aliases(self):
+        self.listed += 1
+        return {}
+
+    def record(self, fingerprint):
+        self.barrier.wait(20)
+
+
+def test_a_plan_asks_a_bucket_all_at_once():
+    nodes = list(graph("recipe.experts=[code]", "scale=micro").nodes.values())[:16]
+    store = Bucket()
+    assert known(store, nodes) == [(None, None)] * 16 and store.listed == 1
 
 
 def test_the_home_folder_may_be_written_short():

@@ -12,10 +12,10 @@ import tiny
 import torch
 
 from stages.data import indexed
-from stages.evaluation import evaluate
+from stages.evaluation import choose, evaluate
 from stages.evaluation.perplexity import byte_lengths, measure, windows
 from stages.evaluation.stats import paired, wilson, win_rate
-from stages.stage import CuveeError, Kind, resolve
+from stages.stage import ConfigError, CuveeError, Kind, resolve
 
 
 def test_wilson_agrees_with_the_published_interval():
@@ -165,6 +165,25 @@ def test_stage_scores_every_domain(inputs, tmp_path):
         for row in rows
     )
     assert all(row["tokens"] <= 8 for row in rows)
+
+
+def test_an_engine_s_options_are_checked_and_no_part_of_the_scores(inputs, tmp_path, monkeypatch):
+    for module in (evaluate, choose):
+        with pytest.raises(ConfigError, match="engine_options: url is ''"):
+            module.check(module.Config(engine="openai"), inputs)
+        with pytest.raises(ConfigError, match="engine_options: url given, but engine transformers has none"):
+            module.check(module.Config(engine_options={"url": "http://127.0.0.1:1/v1"}), inputs)
+    engine, given = resolve("rollout/engines", "transformers"), []
+
+    class Noting(engine.Engine):
+        def __init__(self, path, ctx, state, options):
+            given.append(options)
+            super().__init__(path, ctx, state, options)
+
+    monkeypatch.setattr(engine, "Engine", Noting)
+    run(inputs, tmp_path / "out", engine_options={"url": "http://127.0.0.1:1/v1"}, perplexity_tokens=64)
+    assert given == [{"url": "http://127.0.0.1:1/v1"}]
+    assert "engine_options" not in json.loads((tmp_path / "out/scores.json").read_text())["engine"]
 
 
 def test_scores_are_those_of_the_verifier_on_what_the_model_writes(inputs, tmp_path, monkeypatch):

@@ -209,8 +209,8 @@ def test_only_an_objective_that_prepares_changes_the_stream():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"objective": "dapo", "options": {"clip_high": -0.1}}, "options.clip_high: -0.1 is below 0"),
-        ({"objective": "mdloo", "options": {"gamma": -1.0}}, "options.gamma: -1.0 is below 0"),
+        ({"objective": "dapo", "options": {"clip_high": -0.1}}, "options.clip_high: -0.1 is out of range; give 0 or more"),
+        ({"objective": "mdloo", "options": {"gamma": -1.0}}, "options.gamma: -1.0 is out of range"),
         ({"objective": "dapo", "sft_weight": 0.2}, "sft_weight: 0.2 .* a mean over tokens"),
         ({"objective": "kto", "sft_weight": 0.2}, "sft_weight: 0.2 .* a mean over sequences"),
         ({"objective": "grpo", "with_answer": True}, "objective: grpo .* with_answer=false temperature=1"),

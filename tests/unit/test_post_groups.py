@@ -76,6 +76,23 @@ def test_pairs_are_the_widest_gaps(tokenizer):
     assert second["label"] == pytest.approx(1 / (1 + math.exp(-3.0))) and second["margin"] == pytest.approx(0.15)
 
 
+def test_special_tokens_can_be_left_out(tokenizer):
+    """The end of the turn stays in the sequence and is no target; a completion of nothing else has none."""
+    for kind in ("pair", "completions", "revisions"):
+        for plain, own in zip(Grouper(tokenizer, kind, 512)(ROW), Grouper(tokenizer, kind, 512, mask_special=True)(ROW), strict=True):
+            for before, after in zip(plain, own, strict=True):
+                assert (before.tokens == after.tokens).all()
+                ends = before.tokens == tokenizer.eos_token_id
+                assert (after.mask == np.where(ends, 0, before.mask)).all() and before.mask.sum() == after.mask.sum() + 1
+    (group,) = Grouper(tokenizer, "completions", 512, mask_special=True)({**ROW, "completions": ["", "4", "5"]})
+    assert [s.mask.sum() for s in group] == [0, 1, 1]
+
+
+def test_nothing_is_imitated_where_all_are_rewarded_alike(tokenizer):
+    (group,) = Grouper(tokenizer, "completions", 512)({**ROW, "rewards": [-1.0, -1.0, -1.0]})
+    assert [s.fields["sft"] for s in group] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("kind", ["pair", "revisions"])
 def test_ties_make_no_pair(tokenizer, kind):
     assert Grouper(tokenizer, kind, 512)({**ROW, "rewards": [1.0, 1.0, 1.0]}) == []

@@ -5,85 +5,12 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
-from post_helpers import artifact, context, save_checkpoint
+from post_helpers import COMMON, RL, accuracy, artifact, context, killed_at, run
 from tiny import jsonl
 
-from stages.stage import CuveeError, Kind, load, parse
-
-COMMON = {"sequence_length": 128, "schedule": "constant", "weight_decay": 0.0, "beta2": 0.99, "log_every": 1000}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def run(stage: str, values: dict, folder: Path, scratch: Path | None = None, **inputs) -> dict[str, float]:
-    """The stage as stages.run would run it; its artifact is `folder`."""
-    module = load(stage)
-    config = parse(module.Config, values, stage)
-    module.check(config, inputs)
-    folder.mkdir(parents=True, exist_ok=True)
-    return module.run(config, inputs, folder, context(scratch or folder.with_name(folder.name + "-scratch")))
-
-
-def number_prompts(path: Path, answers: int, target: int = 7, seed: int = 0, count: int = 64):
-    """Prompts of the math task's shape: `Pick a number, <name>`, answered by a digit at random; right is `target`."""
-    rng = random.Random(seed)
-    rows = [
-        {
-            "id": f"n{i}",
-            "domain": "math",
-            "messages": [{"role": "user", "content": f"Pick {rng.randrange(1000)}"}],
-            "answer": str(rng.randrange(answers)),
-            "check": {"number": target},
-        }
-        for i in range(count)
-    ]
-    jsonl(path / "train.jsonl", rows)
-    jsonl(path / "heldout.jsonl", rows[:16])
-    return artifact(path, Kind.PROMPTS)
-
-
-def accuracy(model: Path, prompts) -> float:
-    """Mean verifier reward of greedy answers to held-out prompts."""
-    from stages.chat.render import render
-    from stages.rewards.verifier import Reward
-    from stages.rollout.engines.transformers import Engine
-
-    engine = Engine(model, context(model.parent / "engine"))
-    rows = [json.loads(line) for line in (prompts.path / "heldout.jsonl").read_text().splitlines()]
-    ids = [render(engine.tokenizer, r["messages"], generation=True).ids for r in rows]
-    stop = engine.tokenizer.eos_token_id
-    made = engine.generate(ids, n=1, max_new_tokens=8, temperature=0.0, seed=0, stop=[stop])
-    rewards = Reward()(rows, [[c.text for c in row] for row in made])
-    return sum(max(r[0], 0.0) for r in rewards) / len(rewards)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A random checkpoint."""
-    return artifact(save_checkpoint(tmp_path_factory.mktemp("start"), std=0.1), Kind.CHECKPOINT)
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    return {"math": number_prompts(tmp_path_factory.mktemp("prompts"), 10)}
-
-
-@pytest.fixture(scope="module")
-def speaker(start, prompts, tmp_path_factory):
-    """A policy that answers a digit and ends its turn, by SFT."""
-    folder = tmp_path_factory.mktemp("sft") / "out"
-    metrics = run(
-        "train.sft", {**COMMON, "steps": 40, "batch_groups": 16, "lr": 0.01}, folder, init=start, prompts=prompts
-    )
-    assert metrics["loss"] < 0.5 * metrics["loss_first"]
-    return artifact(folder, Kind.CHECKPOINT)
+from stages.stage import ConfigError, CuveeError, Kind
+from stages.train._critic import Criticised
+from stages.train._rollouts import Rollouts
 
 
 @pytest.fixture(scope="module")
@@ -194,22 +121,6 @@ def preferred(model: Path, pairs) -> float:
     return sum(gaps) / len(gaps)
 
 
-RL = {**COMMON, "max_new_tokens": 4, "batch_groups": 8, "completions": 4, "lr": 0.003, "options": {"beta": 0.02}}
-
-
-@pytest.mark.parametrize("every, steps", [(1, 16), (4, 24), (0, 24)])
-def test_copg_raises_the_reward(speaker, prompts, tmp_path, every, steps):
-    """Of ten digits one is right. Online and offline."""
-    values = {**RL, "steps": steps, "rollout_every": every}
-    metrics = run("train.rl", values, tmp_path / "out", init=speaker, prompts=prompts)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rows) == steps * 8
-    assert metrics["reward_first"] < 0.3
-    assert accuracy(tmp_path / "out", prompts["math"]) > 0.9
-    if every:
-        assert metrics["reward_last"] > metrics["reward_first"] + 0.1
-
-
 @pytest.mark.parametrize("name, group", [
     ("model.layers.2.self_attn.v_proj.weight", "layers.2.self_attn"), ("model.embed_tokens.weight", "embed_tokens"),
 ])  # fmt: skip
@@ -247,30 +158,56 @@ def test_off_policy_rollouts_are_one_block_older(speaker, prompts, tmp_path):
     assert len({len(column) for column in table.values()}) == 1 and table["reward"][0] == table["reward/verifier"][0]
 
 
-class Killed(Exception):
-    pass
+PPO = {"objective": "ppo", "options": {"value_steps": 2}, "rollout_every": 1}
 
 
-@pytest.mark.parametrize("every, off_policy", [(1, False), (3, False), (0, False), (1, True), (3, True)])
-def test_rl_resumes_bit_for_bit(speaker, prompts, tmp_path, every, off_policy, monkeypatch):
-    """Killed after the rollouts of a block, before the next checkpoint; then again before any rollout."""
-    from stages.train._rollouts import Rollouts
-
-    values = {**RL, "steps": 7, "rollout_every": every, "off_policy": off_policy, "save_every": 2}
+@pytest.mark.parametrize("changes", [
+    {"rollout_every": 1}, {"rollout_every": 3}, {"rollout_every": 0}, {"rollout_every": 1, "off_policy": True},
+    {"rollout_every": 3, "off_policy": True}, PPO, PPO | {"distributed_optimizer": True}, PPO | {"fsdp": True},
+])  # fmt: skip
+def test_rl_resumes_bit_for_bit(speaker, prompts, tmp_path, changes, monkeypatch):
+    """Killed after the rollouts of a block (PPO: after the value network's step), before the next checkpoint; then again
+    before any rollout."""
+    stream = Criticised if "objective" in changes else Rollouts
+    values = {**RL, "steps": 7, "save_every": 2, **changes}
     run("train.rl", values, tmp_path / "whole", init=speaker, prompts=prompts)
-    batch = Rollouts.batch
     for at in (3, 5):
-
-        def until(self, step, trainer, at=at):
-            found = batch(self, step, trainer)
-            if step == at:
-                raise Killed
-            return found
-
-        monkeypatch.setattr(Rollouts, "batch", until)
-        with pytest.raises(Killed):
-            run("train.rl", values, tmp_path / "parts", init=speaker, prompts=prompts)
-    monkeypatch.setattr(Rollouts, "batch", batch)
+        killed_at(monkeypatch, stream, at, "train.rl", values, tmp_path / "parts", init=speaker, prompts=prompts)
     run("train.rl", values, tmp_path / "parts", init=speaker, prompts=prompts)
     for name in ("model.safetensors", "rollouts.jsonl", "samples.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_no_prompt_is_twice_in_a_step(speaker, prompts, tmp_path, monkeypatch):
+    """Of 8 prompts a step those remain whose completions are rewarded differently."""
+    batch, seen = Rollouts.batch, []
+
+    def noted(self, step, trainer):
+        found = batch(self, step, trainer)
+        seen.append((len(found), len(self.groups), len({id(group) for group in found})))
+        return found
+
+    monkeypatch.setattr(Rollouts, "batch", noted)
+    run("train.rl", {**RL, "steps": 4, "min_gap": 0.1}, tmp_path / "out", init=speaker, prompts=prompts)
+    assert all(count == there == distinct for count, there, distinct in seen) and {n for n, _, _ in seen} - {0, 8}
+
+
+def test_rollouts_that_are_all_rewarded_alike_teach_nothing(speaker, prompts, tmp_path):
+    values = {**RL, "steps": 2, "max_new_tokens": 1, "rewards": {"overlong": 1.0}}
+    with pytest.raises(CuveeError, match="nothing was learned"):
+        run("train.rl", values, tmp_path / "out", init=speaker, prompts=prompts)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"temperature": -1.0}, "temperature: -1 is negative"),
+    ({"temperature": 0.0}, "temperature: 0 samples the same completion"),
+    ({"completions": 0, "with_answer": True}, "completions: 0"),
+    ({"max_new_tokens": 128}, "max_new_tokens: 128 leave no room for a prompt in sequence_length 128"),
+    ({"objective": "ppo", "context_parallel": 2}, "context_parallel: 2, under which objective ppo"),
+    ({"engine": "openai"}, "engine_options: url is ''"),
+    ({"engine": "openai", "engine_options": {"url": "http://x/v1", "concurrency": 0}}, "concurrency is 0"),
+])  # fmt: skip
+def test_rl_that_cannot_work_is_refused(speaker, prompts, tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        run("train.rl", RL | changes, tmp_path / "out", init=speaker, prompts=prompts)
+    assert not (tmp_path / "out").exists()

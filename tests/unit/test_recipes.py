@@ -58,8 +58,10 @@ def test_llama_averages_the_checkpoints_of_each_step():
     assert (
         "dpo-1" in found["rejection-samples-2"] and "dpo-1" in found["reward-pairs-2"] and "base" in found["reward-2"]
     )
+    dpo = nodes["dpo-2-seed-1"].config
+    assert (dpo.objective, dpo.sft_weight, dpo.mask_special) == ("dpo", 0.2, True)
     assert (
-        nodes["dpo-2-seed-1"].config.sft_weight == 0.2 and nodes["base"].inputs["init"].config.model.family == "llama"
+        nodes["base"].inputs["init"].config.model.family == "llama"
     )
 
 
@@ -90,6 +92,15 @@ def test_a_pool_holds_all_completions_and_knows_who_wrote_them(tmp_path):
         x["parts"] == {"verifier": [0.9, 0.5, 0.4]} and x["tokens"] == [[1], [0], [1]] and y["completions"][0] == "a0"
     )
     assert (metrics["prompts"], metrics["won/a"], metrics["won/b"], metrics["best"]) == (2, 0.5, 0.5, 0.95)
+
+
+def test_a_prompt_that_was_drawn_twice_keeps_all_its_completions(tmp_path):
+    one, again = (samples(tmp_path / name, {"x": rewards}) for name, rewards in (("a", [0.1]), ("c", [0.7, 0.2])))
+    with open(one.path / "samples.jsonl", "a") as file:
+        file.write((again.path / "samples.jsonl").read_text())
+    _, (x,) = run(tmp_path, {"a": one, "b": samples(tmp_path / "b", {"x": [0.5]})})
+    assert (x["completions"], x["policies"]) == (["c0", "b0", "c1", "a0"], ["a", "b", "a", "a"])
+    assert x["parts"]["verifier"] == x["rewards"] == [0.7, 0.5, 0.2, 0.1]
 
 
 def test_pools_that_cannot_be_compared_are_refused(tmp_path):

@@ -126,6 +126,9 @@ def test_an_ensemble_labels_or_sorts_out(start):
     ({}, {"init": 0, "start": 0}, "`init` .* and `start`"),
     ({}, {}, "`init` .* and `start`"),
     ({"strengths": [[1.0, 2.0]]}, {"init": 0}, r"strengths: \[1.0, 2.0\]"),
+    ({"strengths": [["much", 0.9]]}, {"init": 0}, r"strengths: \['much', 0.9\]"),
+    ({"strengths": STRENGTHS[::-1]}, {"init": 0}, "the gaps of .* do not fall"),
+    ({"soft_label": -1.0}, {"init": 0}, "soft_label: -1.0 is negative"),
     ({"agree": True}, {"init": 0}, "agree: compares rewards with an ensemble"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused(values, inputs, message):

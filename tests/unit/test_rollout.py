@@ -11,14 +11,6 @@ from stages.stage import CuveeError
 STOP = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=["shrinking batch", "fixed shapes"])
 def engine(request, tmp_path_factory):
     """On a CPU, and with the logic that a GPU replays from graphs."""
@@ -132,6 +124,26 @@ class Trainer:
 
     def hf_state(self):
         return {k: v for k, v in self.twin.model.state_dict().items() if k != "lm_head.weight"}
+
+
+def test_weights_of_another_shape_are_refused_and_none_is_taken(engine):
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in Trainer(engine).hf_state().items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(CuveeError, match=f"of another shape .'{name}'"):
+        engine.sync_weights(state | {name: state[name][:-1]})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in engine.model.state_dict().items())
+
+
+def test_greedy_and_sampled_calls_share_their_slots(engine, prompts):
+    """Each with graphs of its own temperature."""
+    if not engine.fixed_shapes:
+        pytest.skip("a batch on a CPU has no slots")
+    call = lambda t: engine.generate(prompts, n=2, max_new_tokens=6, temperature=t, seed=4, stop=[STOP])  # noqa: E731
+    sampled, slots = call(1.0), engine.slots
+    greedy = call(0.0)
+    assert engine.slots is slots and greedy != sampled and call(1.0) == sampled
+    assert all(first.ids == second.ids for first, second in greedy)
 
 
 def test_sync_takes_over_new_weights(engine, prompts, tmp_path):

@@ -8,15 +8,13 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from post_helpers import artifact, context, save_checkpoint
-from test_post_stages import RL, number_prompts, run
+from post_helpers import RL, artifact, context, number_prompts, run, save_checkpoint
+from tiny import hosting
 
 from stages.rollout.engines import openai, transformers
 from stages.stage import ConfigError, CuveeError, Kind
@@ -38,20 +36,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cuvee(folder):
     """The options of a server of our own."""
-    import uvicorn
-
     from flows.serve import app
 
-    torch.set_num_threads(1)
-    config = uvicorn.Config(app(folder, "tiny", rollouts=True), host="127.0.0.1", port=free_port(), log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield {"url": f"http://127.0.0.1:{config.port}/v1", "model": "tiny", "tolerance": 1e-3}
-    server.should_exit = True
-    thread.join()
+    with hosting(app(folder, "tiny", rollouts=True)) as address:
+        yield {"url": f"{address}/v1", "model": "tiny", "tolerance": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +188,17 @@ def test_a_server_that_is_down_is_one_sentence(folder, tmp_path):
         openai.Engine(folder, context(tmp_path), options={"url": f"http://127.0.0.1:{free_port()}/v1"})
 
 
-def test_our_server_refuses_what_it_cannot_do(cuvee):
+@pytest.mark.parametrize("answer", [b"<html>hello</html>", b"", b"[]", b'{"detail": "no"}'])
+def test_an_address_without_completions_is_one_sentence(cuvee, folder, tmp_path, answer):
+    import httpx
+
+    engine = openai.Engine(folder, context(tmp_path), options=cuvee)
+    engine.client = httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(200, content=answer)))
+    with pytest.raises(CuveeError, match="no completions came back but .*is engine_options.url the address"):
+        engine.generate([[30]], n=1, max_new_tokens=1, temperature=1.0, seed=0, stop=[STOP])
+
+
+def test_our_server_refuses_what_it_cannot_do(cuvee, tmp_path):
     import httpx
 
     def ask(**body):
@@ -213,3 +211,6 @@ def test_our_server_refuses_what_it_cannot_do(cuvee):
     assert text["logprobs"] is None and "token_ids" not in text
     gone = httpx.post(cuvee["url"].replace("/v1", "/update_weights_from_disk"), json={"model_path": "/nowhere"})
     assert gone.status_code == 400 and "holds no safetensors" in gone.json()["error"]["message"]
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    torn = httpx.post(cuvee["url"].replace("/v1", "/update_weights_from_disk"), json={"model_path": str(tmp_path)})
+    assert torn.status_code == 400 and "can't be read" in torn.json()["error"]["message"]

@@ -23,23 +23,22 @@ class Completion:
     logprobs: list[float]
 
 
-def parity(engine: Any, trainer: Any, sequences: list[list[int]], threshold: float | None = None) -> float:
+def parity(engine: Any, trainer: Any, sequences: list[list[int]]) -> float:
     """Largest difference in nats between the engine's and the trainer's log-probabilities of `sequences`.
 
-    trainer: has `logprobs(groups)` and `hf_state()`. threshold: by default the engine's own. Raises CuveeError above it,
-    or where a weight that the engine can show is not the trainer's, and names the tensor group that differs most.
+    trainer: has `logprobs(groups)` and `hf_state()`. Raises CuveeError above the engine's threshold, or where a weight that
+    the engine can show is not the trainer's, and names the tensor group that differs most.
     """
     from stages.trainer.batch import Sequence
 
-    threshold = engine.threshold if threshold is None else threshold
     groups = [[Sequence(np.array(s, np.int32), np.ones(len(s), np.float32))] for s in sequences]
     gaps = [ours - theirs for ours, theirs in zip(engine.logprobs(sequences), trainer.logprobs(groups), strict=True)]
     worst = float(np.abs(np.concatenate(gaps)).max())
     wrong = engine.differences(trainer.hf_state())
-    if worst <= threshold and not wrong:
+    if worst <= engine.threshold and not wrong:
         return worst
     said = (
-        f"rollout engine: its log-probabilities differ from the trainer's by {worst:.3g} nats (allowed {threshold:g})"
+        f"rollout engine: its log-probabilities differ from the trainer's by {worst:.3g} nats (allowed {engine.threshold:g})"
     )
     if not wrong:
         raise CuveeError(

@@ -21,9 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 EVERY = 8  # steps between looks at which rows have ended; a look makes the GPU wait for the host
-REFILL = (
-    8  # 1 / share of the slots that must be free before a prefill, whose launches cost about as much as a few steps
-)
+REFILL = 8  # 1 / share of the slots that must be free before a prefill: its launches cost as much as a few steps
 GRAIN = 128  # columns of attention come in multiples of it, so that a few graphs serve all lengths
 PREFILL_TOKENS = 65536  # prompt tokens of one forward pass at most, padding included
 ATTENTION = "grouped"
@@ -50,10 +48,9 @@ class Slots:
     """
 
     def __init__(
-        self, model: Any, *, windows: list[int], vocabulary: int, rows: int, capacity: int, new: int,
-        temperature: float, stop: list[int],
+        self, model: Any, *, windows: list[int], vocabulary: int, rows: int, capacity: int, new: int, stop: list[int],
     ):  # fmt: skip
-        self.model, self.vocabulary, self.temperature = model, vocabulary, temperature
+        self.model, self.vocabulary, self.temperature = model, vocabulary, 1.0
         self.rows, self.capacity, self.new = rows, capacity, new
         model.set_attn_implementation(ATTENTION)
         _fuse_norms(model)
@@ -72,7 +69,7 @@ class Slots:
         self.uniform = zeros(rows, new + 1, dtype=torch.float32)
         self.columns = torch.arange(capacity, device=device)
         self.stop = torch.tensor(stop, dtype=torch.long, device=device)
-        self.graphs: dict[tuple[int, int], Any] = {}
+        self.graphs: dict[tuple[int, int, float], Any] = {}  # by rows, columns and temperature
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @staticmethod
@@ -83,10 +80,9 @@ class Slots:
         heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
         return sum(2 * heads * width * min(capacity, w or capacity) for w in windows) * model.dtype.itemsize
 
-    def fits(self, capacity: int, rows: int, new: int, temperature: float, stop: list[int]) -> bool:
+    def fits(self, capacity: int, rows: int, new: int, stop: list[int]) -> bool:
         """Whether these slots, and the graphs captured for them, serve such a call; at half as many rows still."""
-        same = (self.new, self.temperature, self.stop.tolist()) == (new, temperature, stop)
-        return same and self.capacity >= capacity and 2 * self.rows >= rows
+        return (self.new, self.stop.tolist()) == (new, stop) and self.capacity >= capacity and 2 * self.rows >= rows
 
     @torch.inference_mode()
     def __call__(self, prompts: list[list[int]], n: int, uniform: Tensor) -> list[tuple[list[int], list[float]]]:
@@ -181,7 +177,7 @@ class Slots:
 
     def _run(self, rows: int, columns: int) -> None:
         """One step; on a GPU the second of its shape is recorded, and from then on replayed."""
-        graph = self.graphs.get((rows, columns))
+        graph = self.graphs.get((rows, columns, self.temperature))
         if graph is not None:
             graph.replay()
             return
@@ -191,7 +187,7 @@ class Slots:
             # A thread that writes a checkpoint meanwhile is none of the graph's business.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self._step(rows, columns)
-            self.graphs[rows, columns] = graph
+            self.graphs[rows, columns, self.temperature] = graph
 
     def _step(self, rows: int, columns: int) -> None:
         """Read a token in each of the first `rows` slots and sample the next, looking at `columns` at most."""

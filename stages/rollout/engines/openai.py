@@ -49,6 +49,9 @@ def check_options(values: dict[str, Any]) -> Options:
     if not own.url.startswith(("http://", "https://")) or own.sync not in SYNCS:
         raise ConfigError(f"engine_options: url is {own.url!r}, sync {own.sync!r}; give an address such as "
                           f"http://127.0.0.1:8000/v1, and one of {', '.join(SYNCS)}")  # fmt: skip
+    if own.concurrency < 1 or min(own.timeout, own.tolerance) <= 0:
+        raise ConfigError(f"engine_options: concurrency is {own.concurrency}, timeout {own.timeout:g}, tolerance "
+                          f"{own.tolerance:g}; give at least 1, and more than 0 of the others")  # fmt: skip
     return own
 
 
@@ -148,7 +151,12 @@ class Engine:
     def _complete(self, prompt: list[int], **fields: Any) -> list[dict[str, Any]]:
         body = {"model": self.options.model, "prompt": prompt, "logprobs": 1, "return_token_ids": True,
                 "return_tokens_as_token_ids": True, "top_p": 1.0, **fields}  # fmt: skip
-        return self._post(f"{self.options.url}/completions", body)["choices"]
+        url = f"{self.options.url}/completions"
+        answer = self._post(url, body)
+        if not isinstance(answer, dict) or "choices" not in answer:
+            raise CuveeError(f"{url}: no completions came back but {str(answer)[:300]}; is engine_options.url the address of "
+                             "OpenAI's completions API, up to /v1?")  # fmt: skip
+        return answer["choices"]
 
     def _load(self, folder: Path) -> None:
         root = self.options.url.rstrip("/").removesuffix("/v1")
@@ -180,7 +188,10 @@ class Engine:
             raise CuveeError(f"{url}: {error!r}; is the server up, and engine_options.url its address?") from None
         if answer.status_code != 200:
             raise CuveeError(f"{url}: status {answer.status_code}: {answer.text[:300]}")
-        return answer.json() if answer.content else None
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            return answer.text
 
 
 def _numbered(tokens: list[str]) -> list[int]:

@@ -21,7 +21,7 @@ from stages.model.cuda import free_memory
 from stages.model.inference import extend, extended, take_rows
 from stages.rollout.engines._engine import Completion, differences, parity
 from stages.rollout.engines._slots import Slots, choose, output_logits
-from stages.stage import ConfigError, Context, CuveeError
+from stages.stage import Context, CuveeError
 
 ROWS = {"cpu": 128, "cuda": 1024}  # sequences decoded together at most; more is no faster
 LOGITS = 1 << 27  # of a step on a GPU at most, so that their FP32 copies stay within 2 GiB
@@ -31,17 +31,12 @@ THRESHOLD = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats: FP32 on both sid
 # of 30 are known to 0.1
 
 REMOTE = False  # every process has an engine of its own
-__all__ = ["Completion", "Engine", "check_options", "parity"]
-
-
-def check_options(values: dict[str, Any]) -> None:
-    if values:
-        raise ConfigError(f"engine_options: {', '.join(values)} given, but engine transformers has none; remove them")
+__all__ = ["Completion", "Engine", "parity"]
 
 
 class Engine:
-    """A model that writes. `path`: a CHECKPOINT folder; `state`: weights to use instead of the folder's; `options`: of
-    engines that have some, this one has none."""
+    """A model that writes. `path`: a CHECKPOINT folder; `state`: weights to use instead of the folder's; `options`: none,
+    other engines have some."""
 
     def __init__(
         self,
@@ -50,7 +45,6 @@ class Engine:
         state: dict[str, torch.Tensor] | None = None,
         options: dict[str, Any] | None = None,
     ):
-        check_options(options or {})
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         dtype = torch.bfloat16 if ctx.device == "cuda" else torch.float32
         if state is None:
@@ -65,15 +59,17 @@ class Engine:
             self.sync_weights(state)
 
     def sync_weights(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over weights by their Hugging Face names. Raises CuveeError unless every tensor arrives, and no other."""
-        tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
-        found = self.model.load_state_dict(state, strict=False)
-        missing = sorted(set(found.missing_keys) - tied)
-        if missing or found.unexpected_keys:
+        """Take over weights by their Hugging Face names. Raises CuveeError, and takes none, unless every tensor arrives in its
+        shape, and no other."""
+        own, tied = self.model.state_dict(), {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
+        missing = sorted(own.keys() - state.keys() - tied)
+        other = sorted(name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape)
+        if missing or other:
             raise CuveeError(
-                f"sync_weights: tensors missing {missing}, unknown {sorted(found.unexpected_keys)}; the trainer and "
-                f"the rollout engine must hold the same architecture"
+                f"sync_weights: tensors missing {missing}, unknown or of another shape {other}; the trainer and the rollout "
+                "engine must hold the same architecture"
             )
+        self.model.load_state_dict(state, strict=False)
 
     @property
     def threshold(self) -> float:
@@ -128,11 +124,12 @@ class Engine:
         rows = min(ROWS["cuda"], -(-len(prompts) * n // 16) * 16, max(1, LOGITS // self.model.config.vocab_size))
         if self.model.device.type == "cuda":
             rows = max(1, min(rows, int(MEMORY * free_memory()) // Slots.row_bytes(self.model, windows, capacity)))
-        if self.slots is None or not self.slots.fits(capacity, rows, new, temperature, stop):
+        if self.slots is None or not self.slots.fits(capacity, rows, new, stop):
             self.slots = None  # its memory first
             capacity = -(-capacity // 256) * 256  # so that a somewhat longer prompt needs no new graphs
             self.slots = Slots(self.model, windows=windows, vocabulary=len(self.tokenizer), rows=rows,
-                               capacity=capacity, new=new, temperature=temperature, stop=stop)  # fmt: skip
+                               capacity=capacity, new=new, stop=stop)  # fmt: skip
+        self.slots.temperature = temperature
         return self.slots
 
     @torch.inference_mode()
