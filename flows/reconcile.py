@@ -1,5 +1,5 @@
-"""Runs whose process died without a word (kill -9, power) are closed in Prefect by the next run; in MLflow the journal
-that they left does it (flows/tracking.py).
+"""Runs whose process died without a word (kill -9, power) are closed in Prefect by the process that watches them
+(flows/services.py), or by the next run or worker; in MLflow the journal that they left does it (flows/tracking.py).
 
 Every run leaves a note in `<state>/runs/` while it lives; a note of this host whose process is gone is a dead run.
 """
@@ -14,11 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from flows.config import state_dir
 from flows.tracking import redacted
-from stages.store.lease import here, is_gone
+from stages.store.lease import here, is_gone, this_process
 from stages.store.record import write_atomic
 
 logger = logging.getLogger("cuvee.reconcile")
@@ -29,8 +27,7 @@ def registered(flow_run_id: str) -> Iterator[None]:
     """Note that this process runs `flow_run_id`, after closing what died before."""
     close_dead()
     note = state_dir() / "runs" / f"{flow_run_id}.json"
-    holder = {"host": here(), "pid": os.getpid(), "born": psutil.Process().create_time()}
-    write_atomic(note, json.dumps(holder).encode())
+    write_atomic(note, json.dumps(this_process()).encode())
     try:
         yield
     finally:
@@ -38,7 +35,7 @@ def registered(flow_run_id: str) -> Iterator[None]:
 
 
 def close_dead() -> None:
-    """Set the runs of dead processes to Crashed in Prefect."""
+    """Set the runs of dead processes to Crashed in Prefect, unless it knows already how they ended."""
     _close(_dead, _close_prefect)
 
 
@@ -49,13 +46,20 @@ def close_own() -> None:
 
 def _close(wanted: Callable[[dict[str, Any]], bool], *closers: Callable[[str], None]) -> None:
     for note in sorted((state_dir() / "runs").glob("*.json")):
-        if wanted(json.loads(note.read_text())):
+        try:
+            holder = json.loads(note.read_text())
+        except FileNotFoundError:  # its run has just ended
+            continue
+        if wanted(holder):
+            closed = True
             for close in closers:
                 try:
                     close(note.stem)
-                except Exception as error:  # a lost server must not keep a new run from starting
+                except Exception as error:  # a lost server must not keep a new run from starting; a later one closes it
+                    closed = False
                     logger.warning("%s: could not close the dead run %s: %s", close.__name__, note.stem, redacted(error))
-            note.unlink(missing_ok=True)
+            if closed:
+                note.unlink(missing_ok=True)
 
 
 def _dead(holder: dict[str, Any]) -> bool:
@@ -67,16 +71,24 @@ def _dead(holder: dict[str, Any]) -> bool:
 
 def _close_prefect(flow_run_id: str) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, TaskRunFilter
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.exceptions import ObjectNotFound
     from prefect.states import Crashed
 
-    died = Crashed(message="its process died")
+    died, whose = Crashed(message="its process died"), FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run_id, died, force=True)
-        for run in client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
-                                         task_run_filter=TaskRunFilter(), limit=200):
-            if not run.state or not run.state.is_final():
-                client.set_task_run_state(run.id, died, force=True)
+        try:
+            run = client.read_flow_run(flow_run_id)
+        except ObjectNotFound:  # somebody removed it
+            return
+        if not run.state or not run.state.is_final():
+            client.set_flow_run_state(flow_run_id, died, force=True)
+        at = 0
+        while tasks := client.read_task_runs(flow_run_filter=whose, limit=200, offset=at):
+            for task in tasks:
+                if not task.state or not task.state.is_final():
+                    client.set_task_run_state(task.id, died, force=True)
+            at += len(tasks)
 
 
 def _close_mlflow(flow_run_id: str) -> None:

@@ -16,11 +16,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flows.config import state_dir
 from stages.stage import CuveeError
 
-START_SECONDS = 120
+START_SECONDS = 300
+CLOSING_SECONDS = 10.0
+WATCHER = "import sys; sys.stdin.read(); from flows.services import close_after_death; close_after_death()"
 UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "PAUSE_EXPIRATIONS", "CANCELLATION_CLEANUP", "REPOSSESSOR",
                    "CLEANUP_RECONCILER", "TRIGGERS")
 PR_SET_PDEATHSIG = 1
@@ -66,14 +69,32 @@ def answers(url: str) -> bool:
 
 def start_prefect(port: int, log: Path, private: bool = False) -> subprocess.Popen:
     """Prefect's API and UI on loopback. Ends with this process, however this process ends. private: for one run of
-    the command line, without the services that schedule runs and watch workers."""
+    the command line, which it outlives to note its death, without the services that schedule runs and watch workers."""
     url = f"http://127.0.0.1:{port}"
     extra = {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
     if private:
         extra |= {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in UNUSED_SERVICES}
-    return start([sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
-                   "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning",
-                   "--timeout-keep-alive", "30"], log, extra)
+    factory = "flows.services:private_prefect" if private else "prefect.server.api.server:create_app"
+    return start([sys.executable, "-m", "uvicorn", "--factory", factory, "--host", "127.0.0.1", "--port", str(port),
+                  "--log-level", "warning", "--timeout-keep-alive", "30"], log, extra, private)
+
+
+def private_prefect() -> Any:
+    """Prefect's application in a process that ends when its standard input does."""
+    from prefect.server.api.server import create_app
+
+    def end_with_input() -> None:
+        try:
+            while os.read(0, 4096):
+                pass
+            close_after_death()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(CLOSING_SECONDS)
+            os._exit(1)
+
+    threading.Thread(target=end_with_input, daemon=True).start()
+    return create_app()
 
 
 def start_mlflow(port: int, log: Path) -> subprocess.Popen:
@@ -84,13 +105,14 @@ def start_mlflow(port: int, log: Path) -> subprocess.Popen:
                    (state_dir() / "mlruns").as_uri()], log, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
-def start(command: list[str], log: Path, extra: dict[str, str]) -> subprocess.Popen:
+def start(command: list[str], log: Path, extra: dict[str, str], watches: bool = False) -> subprocess.Popen:
+    """A process that gets SIGTERM when this one dies, or, if it watches for that, the end of its standard input."""
     log.parent.mkdir(parents=True, exist_ok=True)
     libc = ctypes.CDLL(None)  # loaded before the fork: the child must not import
     with open(log, "ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+        return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.PIPE if watches else subprocess.DEVNULL,
                                 env=os.environ | environment() | extra, start_new_session=True,
-                                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+                                preexec_fn=None if watches else lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
 
 
 def wait_for(process: subprocess.Popen, url: str, log: Path, what: str) -> None:
@@ -124,24 +146,37 @@ def stop(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def prefect_api() -> Iterator[str]:
-    """A Prefect API for one run: $PREFECT_API_URL, the one of `cuvee up`, or a private one that ends with the run.
+def prefect_api() -> Iterator[None]:
+    """A Prefect API for one run: $PREFECT_API_URL, the one of `cuvee up`, or a private one that ends with the run. The run
+    is closed there soon after this process dies, however it dies.
 
     Sets the environment before Prefect is imported; its database is that of `cuvee up`, so that its UI shows the run.
     """
     os.environ.update(environment())
-    if given := os.environ.get("PREFECT_API_URL"):
-        yield given
-        return
-    if running := address("prefect"):
+    log = state_dir() / "logs" / "prefect.log"
+    if not os.environ.get("PREFECT_API_URL") and (running := address("prefect")):
         os.environ["PREFECT_API_URL"] = f"{running}/api"
-        yield running
+    if os.environ.get("PREFECT_API_URL"):
+        watcher = start([sys.executable, "-c", WATCHER], log, {}, watches=True)
+        try:
+            yield
+        finally:
+            watcher.kill()
+            watcher.wait()
         return
-    port, log = free_port(), state_dir() / "logs" / "prefect.log"
+    port = free_port()
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     with _kept(lambda: start_prefect(port, log, private=True)) as server:
         wait_for(server, f"http://127.0.0.1:{port}/api/health", log, "the Prefect server")
-        yield f"http://127.0.0.1:{port}"
+        yield
+
+
+def close_after_death() -> None:
+    """Set the run of the process whose end was just noticed to Crashed in Prefect, unless it did that itself."""
+    from flows.reconcile import close_dead
+
+    time.sleep(1.0)  # a process's pipes end before itself
+    close_dead()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import time
 
 from flows import services
 from flows.config import CONF, choices, compose, split, state_dir
+from flows.reconcile import close_dead
 from stages.stage import CuveeError
 from stages.store.record import write_atomic
 
@@ -28,13 +29,14 @@ def up(prefect_port: int, mlflow_port: int) -> int:
     logs, prefect, mlflow = state_dir() / "logs", f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}"
     os.environ["PREFECT_API_URL"] = f"{prefect}/api"
     started: list[tuple[str, subprocess.Popen]] = []
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print("cuvee: starting Prefect and MLflow (half a minute the first time)", flush=True)
         started.append(("Prefect", services.start_prefect(prefect_port, logs / "prefect.log")))
         started.append(("MLflow", services.start_mlflow(mlflow_port, logs / "mlflow.log")))
         services.wait_for(started[0][1], f"{prefect}/api/health", logs / "prefect.log", "the Prefect server")
         names = deploy()
+        close_dead()
         started.append(("the worker", services.start(WORKER, logs / "worker.log", _place())))
         services.wait_for(started[1][1], f"{mlflow}/health", logs / "mlflow.log", "MLflow")
         write_atomic(state_dir() / "services.json", json.dumps({"prefect": prefect, "mlflow": mlflow}).encode())
@@ -68,6 +70,7 @@ def worker(overrides: list[str]) -> None:
             raise CuveeError(f"PREFECT_API_URL={url}: no Prefect server answered in {services.START_SECONDS} s")
         time.sleep(1)
     print(f"cuvee: deployments {', '.join(deploy(overrides))}", flush=True)
+    close_dead()
     os.execve(WORKER[0], WORKER, os.environ | _place())
 
 

@@ -151,7 +151,7 @@ class Chaos:
         return {"stage": lambda run: self._kill(run, lambda p, above: _is(p, "stages.worker") and _is(above, "stages.worker")),
                 "worker": lambda run: self._kill(run, lambda p, above: _is(p, "stages.worker") and not _is(above, "stages.worker")),
                 "run": lambda run: run.kill() or True,
-                "Prefect server": lambda run: self._kill(run, lambda p, above: _is(p, "prefect.server.api.server:create_app")),
+                "Prefect server": lambda run: self._kill(run, lambda p, above: _is(p, "flows.services:private_prefect")),
                 "tracking server": lambda run: self._kill_mlflow(),
                 "network to the bucket": lambda run: self._cut()}
 

@@ -1,8 +1,26 @@
+"""The servers beside a run: started again while they are needed, and told when the run has died."""
+
+import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import psutil
 
 from flows import services
+
+
+def until(true, seconds):
+    """What `true` gives as soon as that is something."""
+    deadline = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def test_a_server_that_dies_is_started_again_until_it_is_no_longer_needed():
@@ -15,11 +33,27 @@ def test_a_server_that_dies_is_started_again_until_it_is_no_longer_needed():
     with services._kept(start) as first:
         assert first is started[0]
         first.kill()
-        deadline = time.monotonic() + 30
-        while len(started) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: len(started) == 2, 30)
         assert started[1].poll() is None
     assert all(process.poll() is not None for process in started)
     time.sleep(1.2)
     assert len(started) == 2
+
+
+def test_a_killed_run_is_closed_in_its_own_server_and_leaves_no_process(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for topic in sorted(topics)[:40]:
+        (tmp_path / "docs" / f"{topic}.txt").write_text(topics[topic])
+    state = tmp_path / "state"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CUVEE_"))}
+    environment |= {"CUVEE_STATE": str(state), "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.Popen([sys.executable, "-m", "flows.cli", "run", "scale=micro", f"data.sources=[{tmp_path}/docs]",
+                            "--until", "corpus"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)  # fmt: skip
+    until(lambda: list(state.glob("runs/*.json")) or run.poll() is not None, 300)
+    everything = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert psutil.wait_procs(everything, timeout=200)[1] == []
+    with sqlite3.connect(state / "prefect" / "prefect.db") as database:
+        assert database.execute("SELECT state_type FROM flow_run").fetchall() == [("CRASHED",)]
+    assert not list(state.glob("runs/*.json"))
