@@ -1,8 +1,9 @@
 """A warm worker: imports the slow libraries once, then forks one process a stage.
 
-Reads jobs as JSON lines from standard input, {"job", "spec", "log", "threads"}, and answers on standard output, {"ready": true}, {"job", "pid"} and {"job", "status"} (negative: the signal that ended it). A fork is
-a clean process: no state of one stage can reach the next, and it can be killed alone. The end of standard input means
-that the parent is gone: everything below ends.
+Reads jobs as JSON lines from standard input, {"job", "spec", "log", "threads"}, and answers on standard output, {"ready":
+true}, {"job", "pid"} and {"job", "status"} (negative: the signal that ended it). A fork is a clean process: no state of one
+stage can reach the next, and it can be killed alone. The end of standard input means that the parent is gone: everything
+below ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import traceback
 import warnings
 
-from stages.run import main, passive_threads
+from stages.run import PR_SET_PDEATHSIG, main, passive_threads
 
 # On a GPU without what starts CUDA when it is imported (Transformer Engine does): a fork could not use it any more.
 PRELOAD = {
@@ -27,7 +28,7 @@ PRELOAD = {
     "cuda": ("torch", "pyarrow.parquet", "tokenizers"),
 }  # fmt: skip
 GRACE_SECONDS = 5.0
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def serve(device: str) -> None:
@@ -39,6 +40,7 @@ def serve(device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: _end())
     passive_threads()
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # of pyarrow's allocator, else from its import on
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
