@@ -53,7 +53,8 @@ class Maker:
     def make(self, node: Node, threads: int, order: int, log: Callable[[str], None]) -> dict[str, Any]:
         """The record of the node's artifact, made now unless it is published. The inputs must be published.
 
-        order: among stages that wait for a core the lowest goes first. Raises CuveeError when the stage refuses, keeps dying, or the run is cancelled.
+        order: among stages that wait for a core the lowest goes first. Raises CuveeError when the stage refuses, keeps
+        dying, or the run is cancelled.
         """
         record = self.store.record(node.fingerprint)
         if record is None:
@@ -126,7 +127,7 @@ class Maker:
                 self.store.release(parent.fingerprint)
         self.store.forget(node.fingerprint)
         self.tracker.finish(run, record)
-        for part in ("scratch", "spec.json", "result.json"):  # the log stays
+        for part in ("scratch", "spec.json"):  # the log stays
             path = folder / part
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return record
@@ -163,8 +164,10 @@ class Maker:
             "processes": self.devices if node.distributed else 1,
             "mirror": self.store.mirror(node.fingerprint),
         }
-        (folder / "result.json").unlink(missing_ok=True)
-        records.write_atomic(folder / "spec.json", json.dumps(spec).encode())
+        text = json.dumps(spec).encode()
+        if not (self.launcher.REMOTE and _succeeded(folder, text)):
+            (folder / "result.json").unlink(missing_ok=True)
+        records.write_atomic(folder / "spec.json", text)
 
     def _launch(self, node: Node, folder: Path, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
         """Start the stage, again from its last checkpoint when it dies by a signal, or as often as it asks for that.
@@ -187,7 +190,9 @@ class Maker:
             if self._cancelled.is_set() and status != OK:
                 raise Cancelled(f"{node.name}: interrupted")
             if status == OK:
-                return json.loads((folder / "result.json").read_text())
+                outcome = json.loads((folder / "result.json").read_text())
+                (folder / "result.json").unlink()  # what it answers for is moved into the store
+                return outcome
             if status == REFUSED:
                 error = json.loads((folder / "result.json").read_text())["error"]
                 raise CuveeError(f"{node.name}: {error}")
@@ -214,6 +219,14 @@ class Maker:
             "seconds": round(time.time() - started, 3), "threads": threads, "environment": environment(),
             "estimate": vars(node.estimate), "mlflow": self.tracker.address(run),
         }
+
+
+def _succeeded(folder: Path, spec: bytes) -> bool:
+    """Whether a stage was made from this very spec: a job in a cluster ends also while no run waits for it."""
+    try:
+        return (folder / "spec.json").read_bytes() == spec and json.loads((folder / "result.json").read_text())["status"] == OK
+    except FileNotFoundError:
+        return False
 
 
 def _newest_checkpoint(scratch: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from flows.launchers._kubernetes_api import FORBIDDEN, Api, Refused, Unreachable, patiently
+from flows.launchers._kubernetes_api import NOT_FOUND, Api, Refused, Unreachable, patiently
 from flows.launchers._kubernetes_manifests import INDEX, LABEL, Settings, Stage
 from flows.launchers._kubernetes_watch import Patience, follow_log
 from stages.launch import BY_SIGNAL, LOST
@@ -92,9 +92,8 @@ class Pods:
                 self._say(name, f"should have ended, but node {node} does not answer; when it is certain that it is dead: "
                                 f"kubectl taint nodes {node} {OUT_OF_SERVICE}=lost:NoExecute, or delete the node")
         except Refused as error:
-            if error.status != FORBIDDEN:
-                raise
-            self._say(name, f"should have ended, but may not be looked after ({error.reason})")
+            if error.status != NOT_FOUND:  # it has gone by itself
+                self._say(name, f"should have ended, but could not be looked after ({error.reason})")
         except Unreachable:
             pass
 
@@ -103,12 +102,12 @@ class Pods:
             self._said[f"{name}/node"] = text
             self.happened.put(("line", f"pod {name}: {text}"))
 
-    def rest(self) -> Iterator[str]:
-        """The lines that are still to come when the job is over."""
+    def rest(self, seconds: float = DRAIN_SECONDS) -> Iterator[str]:
+        """The lines that are still to come when the job is over, within so many seconds."""
         selector = f"{LABEL}={self.stage.name}"
         for pod in patiently(lambda: self.api.list("Pod", labelSelector=selector), print)["items"]:
             self.changed(pod["metadata"]["name"], pod)  # the job's end may be known before that of its last pod
-        deadline = time.monotonic() + DRAIN_SECONDS
+        deadline = time.monotonic() + seconds
         for reader in self._readers.values():
             reader.join(max(0.0, deadline - time.monotonic()))
         self._over.set()

@@ -64,8 +64,13 @@ class Launcher:
         name, found = attempt(lambda name: self._find(kind, name), stage.name)
         stage = replace(stage, name=name)
         made = None if found else self._create(kind, stage)
-        if made is None:
-            self._check_same(kind, stage)
+        owner = made or found or self._find(kind, name) or {"metadata": {}}
+        if (owner["metadata"].get("annotations") or {}).get(SPEC) != stage.digest:
+            raise CuveeError(
+                f"{kind.lower()} {name} of namespace {self.api.namespace} already makes this artifact, with another "
+                f"placement; wait for it, or end it: kubectl delete {kind.lower()} {name}"
+            )
+        self._own(kind, stage, owner["metadata"]["uid"])
         result = Path(json.loads(spec.read_text())["result"])
         return Job(self.api, self.settings, kind, stage, adopted=made is None, log=log, result=result)
 
@@ -73,33 +78,24 @@ class Launcher:
         return patiently(lambda: self.api.get(kind, name), print)
 
     def _create(self, kind: str, stage: Stage) -> dict[str, Any] | None:
-        """The owner of all that was created; None where somebody else was faster."""
+        """What runs the stage; None where that was there already: another run was faster, or an answer was lost."""
         *parts, owner = manifests.render(self.settings, stage)
         if all(self.flow):  # ended with the run that it is part of
             owner["metadata"]["ownerReferences"] = [reference("batch/v1", "Job", *self.flow)]
         mine = [part for part in parts if create(self.api, part)]
         try:
-            made = create(self.api, owner)
+            return create(self.api, owner)
         except CuveeError:
             for part in mine:  # nobody would ever remove it
                 self.api.delete(part["kind"], stage.name)
             raise
-        if made is None:
-            return None
-        link = reference(owner["apiVersion"], kind, stage.name, made["metadata"]["uid"])
-        for part in parts:
-            change = {"metadata": {"ownerReferences": [link]}}
-            patiently(lambda p=part, c=change: self.api.patch(p["kind"], stage.name, c), print)
-        return made
 
-    def _check_same(self, kind: str, stage: Stage) -> None:
-        found = self._find(kind, stage.name)
-        digest = ((found or {}).get("metadata", {}).get("annotations") or {}).get(SPEC)
-        if digest != stage.digest:
-            raise CuveeError(
-                f"{kind.lower()} {stage.name} of namespace {self.api.namespace} already makes this artifact, with another "
-                f"placement; wait for it, or end it: kubectl delete {kind.lower()} {stage.name}"
-            )
+    def _own(self, kind: str, stage: Stage, uid: str) -> None:
+        """Whatever else the stage has ends with what runs it, also where the run that created it died before it said so."""
+        *parts, owner = manifests.render(self.settings, stage)
+        change = {"metadata": {"ownerReferences": [reference(owner["apiVersion"], kind, stage.name, uid)]}}
+        for part in parts:
+            patiently(lambda kind=part["kind"]: self.api.patch(kind, stage.name, change), print)
 
     def _check_paths(self, spec: Path) -> None:
         wanted = json.loads(spec.read_text())
@@ -150,7 +146,7 @@ class Job:
                 doing = "goes on" if self.adopted else "was created"
                 tell(f"{self.kind.lower()} {self.stage.name} in namespace {self.api.namespace} {doing}")
                 owner = self._until_over(happened, pods, tell)
-                for line in pods.rest():
+                for line in pods.rest(1.0) if self.cancelled.is_set() else pods.rest():
                     tell(line)
                 return self._status(owner, pods, tell)
         finally:
@@ -163,15 +159,15 @@ class Job:
             happened.put(("error", error))
 
     def _until_over(self, happened: queue.SimpleQueue, pods: Pods, tell: Callable[[str], None]) -> dict[str, Any] | None:
-        """The finished owner; None where it was deleted."""
+        """The finished owner; None where it was deleted, or nobody waits for it any more."""
         seen, suspended = False, False
-        while True:
+        while not self.over.is_set():
+            if why := pods.look():
+                self.cancel()
+                raise CuveeError(f"{why}; job {self.stage.name} was ended")
             try:
                 what, value = happened.get(timeout=1.0)
             except queue.Empty:
-                if what := pods.look():
-                    self.cancel()
-                    raise CuveeError(f"{what}; job {self.stage.name} was ended") from None
                 continue
             if what == "error":
                 raise value
@@ -186,6 +182,7 @@ class Job:
                         return value
                     if suspended != (suspended := bool(value["spec"].get("suspend"))):
                         tell(f"{self.stage.name} {'waits in its queue' if suspended else 'was admitted'}")
+        return None
 
     def _status(self, owner: dict[str, Any] | None, pods: Pods, tell: Callable[[str], None]) -> int:
         if owner is None:
@@ -211,7 +208,10 @@ class Job:
     def cancel(self) -> None:
         """End the job, and return when none of its pods is left. Raises CuveeError where some stay."""
         self.cancelled.set()
-        end(self.api, self.kind, self.stage.name, f"{LABEL}={self.stage.name}", self.settings.grace_seconds + 60.0)
+        try:
+            end(self.api, self.kind, self.stage.name, f"{LABEL}={self.stage.name}", self.settings.grace_seconds + 60.0)
+        finally:
+            self.over.set()
 
 
 def create(api: Api, manifest: dict[str, Any]) -> dict[str, Any] | None:
@@ -228,9 +228,13 @@ def attempt(find: Callable[[str], dict[str, Any] | None], name: str) -> tuple[st
     """(the name to create under, None), or (the name of a job that goes on, that job). `name` ends with a number; jobs that
     are over keep theirs."""
     base, _, number = name.rpartition("-")
+    told = False
     while (found := find(f"{base}-{number}")) is not None:
         if found["metadata"].get("deletionTimestamp"):  # its pods may still write
-            time.sleep(1.0)
+            if not told:
+                print(f"{base}-{number} is being deleted; waiting until its pods are gone")
+            told = True
+            time.sleep(0.5)
         elif outcome(found) is None:
             break
         else:

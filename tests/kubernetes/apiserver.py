@@ -189,7 +189,8 @@ class Handler(BaseHTTPRequestHandler):
             self._validate(body, KINDS[plural])
             return objects.create(plural, body, dry=self.query.get("dryRun") == "All")
         if self.command == "DELETE":
-            return objects.delete(plural, name, body or {})
+            return objects.delete(plural, name, body or self.query)  # with a body the query does not count
+        self._want_strict()
         change = {"status": body["status"]} if part == "status" else {k: v for k, v in body.items() if k != "status"}
         return objects.update(plural, name, lambda item: merge_patch(item, change))
 
@@ -199,9 +200,12 @@ class Handler(BaseHTTPRequestHandler):
         if (group, resource, verb) not in self.server.rights:
             raise Refusal(403, "Forbidden", f'{resource} is forbidden: User "tests" cannot {verb} resource "{resource}"')
 
-    def _validate(self, body: dict, kind: str) -> None:
+    def _want_strict(self) -> None:
         if self.query.get("fieldValidation") != "Strict":
-            raise Refusal(400, "BadRequest", "these tests want fieldValidation=Strict on every creation")
+            raise Refusal(400, "BadRequest", "these tests want fieldValidation=Strict on every creation and change")
+
+    def _validate(self, body: dict, kind: str) -> None:
+        self._want_strict()
         if body.get("kind") != kind:
             raise Refusal(400, "BadRequest", f"{body.get('kind')} is not a {kind}")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import threading
 import time
 
@@ -96,7 +97,6 @@ def test_service_then_job_then_owner_and_every_field_is_checked(place, program):
     assert start(launcher, spec).end() == OK
     service, job = writes(place)
     assert (service["kind"], job["kind"]) == ("Service", "Job") and service["metadata"]["name"] == job["metadata"]["name"]
-    assert "fieldValidation=Strict" in [path for verb, path, _ in server.requests if verb == "POST"][0]
     (link,) = writes(place, "services", "PATCH")[0]["metadata"]["ownerReferences"]
     assert link["uid"] == launcher.api.get("Job", job["metadata"]["name"])["metadata"]["uid"]
     assert not [1 for verb, *_ in server.requests if verb == "DELETE"]
@@ -118,6 +118,20 @@ def test_an_existing_job_is_adopted_and_never_deleted(place, program):
     assert (first.end(), second.end()) == (OK, OK) and second.said("goes on")
     third = start(place.launcher(), spec)  # what is over is history
     assert third.job.stage.name.endswith("-1") and third.end() == OK
+
+
+def test_what_a_run_that_died_did_not_own_ends_with_its_job_too(place, program):
+    """It was killed between the job's creation and the service's change."""
+    spec = place.spec(processes=2)
+    program(spec, "finish()")
+    launcher = place.launcher()
+    stage = kubernetes.describe(launcher.cluster, spec, 1)
+    assert launcher._create("Job", stage)
+    assert not launcher.api.get("Service", stage.name)["metadata"].get("ownerReferences")
+    run = start(place.launcher(), spec)
+    assert run.job.adopted and run.end() == OK
+    (link,) = launcher.api.get("Service", stage.name)["metadata"]["ownerReferences"]
+    assert link["uid"] == launcher.api.get("Job", stage.name)["metadata"]["uid"]
 
 
 def test_two_that_create_at_once_share_one_job(place, program, monkeypatch):
@@ -166,9 +180,38 @@ def test_cancelling_ends_every_pod(place, program):
     until(lambda: sum("here" in line for line in run.lines) == 2)
     processes = [p.pid for p in place.local.processes.values()] if place.local else []
     run.job.cancel()
+    if place.local:  # options in the query would not count
+        assert [body["propagationPolicy"] for body in writes(place, method="DELETE")] == ["Foreground"]
     assert run.end() < 0 and not any(map(psutil.pid_exists, processes))
     assert launcher.api.get("Job", run.job.stage.name) is None
     assert launcher.api.list("Pod", labelSelector=f"cuvee.dev/run={run.job.stage.name}")["items"] == []
+
+
+def test_cancelling_ends_the_waiting_where_a_dead_node_keeps_its_pod(place, program, monkeypatch):
+    cluster, real = place.only_local(), kubernetes.end
+    spec = place.spec()
+    program(spec, "import time; print('here'); time.sleep(600)")
+    run = start(place.launcher(), spec)
+    until(lambda: run.said("here"))
+    cluster.lose(cluster.objects.all("pods")[0]["spec"]["nodeName"])
+    monkeypatch.setattr(kubernetes, "end", lambda *arguments: real(*arguments[:-1], 0.5))
+    with pytest.raises(CuveeError, match="not gone after 0 s: .* keeps its pods until somebody confirms"):
+        run.job.cancel()
+    assert run.end() < 0
+
+
+def test_a_chatty_pod_hides_no_other_that_cannot_start(place):
+    class Stuck:
+        def look(self):
+            return "pod b can't start: ErrImagePull"
+
+    job = kubernetes.Job(None, None, "Job", kubernetes.Stage("a", "", "", 1), adopted=False)
+    job.cancel = lambda: None
+    lines = queue.SimpleQueue()
+    for _ in range(10):
+        lines.put(("line", "waiting for the first host"))
+    with pytest.raises(CuveeError, match="pod b can't start: ErrImagePull; job a was ended"):
+        job._until_over(lines, Stuck(), print)
 
 
 def test_a_job_that_somebody_deletes_is_no_death(place, program):
@@ -235,7 +278,7 @@ def test_without_the_right_to_look_after_lost_pods_it_says_so(place, program, mo
     run = start(place.launcher(), spec)
     until(lambda: run.said("here"))
     cluster.lose(cluster.objects.all("pods")[0]["spec"]["nodeName"])
-    until(lambda: run.said("may not be looked after (nodes is forbidden"))
+    until(lambda: run.said("could not be looked after (nodes is forbidden"))
 
 
 def test_a_pod_that_cannot_start_ends_the_stage_with_its_reason(place, monkeypatch):

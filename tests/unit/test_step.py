@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import threading
-import time
 from pydoc_data.topics import topics
 
 import psutil
@@ -14,7 +12,7 @@ from flows.graph import Node
 from flows.launchers.local import Launcher
 from flows.step import ATTEMPTS, Cancelled, Maker
 from stages import stage as stages
-from stages.run import AGAIN
+from stages.run import AGAIN, OK
 from stages.stage import CuveeError
 from stages.store.local import LocalStore
 
@@ -25,7 +23,7 @@ class NoTracker:
     def start(self, node, parents):
         return None
 
-    progress = finish = fail = lambda self, *_: None
+    progress = table = finish = fail = lambda self, *_: None
 
     def address(self, run):
         return None
@@ -84,6 +82,36 @@ class Ending:
         return self.status
 
 
+class Elsewhere:
+    """A launcher whose jobs go on when the run that waits for them dies, as those of a cluster do."""
+
+    REMOTE = True
+
+    def __init__(self, launcher):
+        self.launcher, self.starts, self.dies = launcher, 0, True
+
+    def launch(self, spec, log, threads):
+        self.result = spec.parent / "result.json"
+        if not self.result.exists():
+            self.starts += 1
+            assert self.launcher.launch(spec, log, threads).wait(print) == OK
+        return self
+
+    def wait(self, on_line):
+        if self.dies:
+            raise KeyboardInterrupt
+        return OK
+
+
+def test_what_a_job_made_while_no_run_waited_is_not_made_again(maker, documents, launcher):
+    maker.launcher = Elsewhere(launcher)
+    with pytest.raises(KeyboardInterrupt):
+        maker.make(node([documents]), 1, 0, print)
+    maker.launcher.dies = False
+    assert maker.make(node([documents]), 1, 0, print)["files"] and maker.launcher.starts == 1
+    assert not maker.launcher.result.exists()
+
+
 def test_a_stage_that_asks_to_be_started_again_is_not_one_that_keeps_dying(maker, documents, launcher):
     maker.launcher = Ending(launcher, -signal.SIGKILL, ATTEMPTS)
     with pytest.raises(CuveeError, match="ended with status -9"):
@@ -135,28 +163,31 @@ class tmpfs:
             os.system(f"umount -l {self.path}")
 
 
-def kill_children(launcher, stop):
-    """Kill every stage process as soon as it appears, until `stop`."""
-    while not stop.is_set():
-        for child in psutil.Process(launcher._worker.pid).children():
-            os.kill(child.pid, signal.SIGKILL)
-        time.sleep(0.005)
+class Killing:
+    """A launcher whose stages are killed while they read their specs."""
+
+    REMOTE = False
+
+    def __init__(self, launcher):
+        self.launcher = launcher
+
+    def launch(self, spec, log, threads):
+        pipe = spec.with_name("pipe")
+        if not pipe.exists():
+            os.mkfifo(pipe)
+        job = self.launcher.launch(pipe, log, threads)
+        assert job.started.wait(300)
+        os.kill(job.pid, signal.SIGKILL)
+        return job
 
 
 def test_a_stage_that_keeps_dying_fails_with_its_log(maker, documents, launcher):
-    launcher.warm()
-    stop = threading.Event()
-    killer = threading.Thread(target=kill_children, args=(launcher, stop))
-    killer.start()
-    lines = []
-    try:
-        with pytest.raises(CuveeError, match="ended with status -9; the log is"):
-            maker.make(node([documents]), 1, 0, lines.append)
-    finally:
-        stop.set()
-        killer.join()
+    lines, maker.launcher = [], Killing(launcher)
+    with pytest.raises(CuveeError, match="ended with status -9; the log is"):
+        maker.make(node([documents]), 1, 0, lines.append)
     assert sum("starting again" in line for line in lines) == ATTEMPTS
     assert list(maker.store.fingerprints()) == []
+    maker.launcher = launcher
     assert maker.make(node([documents]), 1, 0, lines.append)["files"]
 
 
@@ -167,10 +198,10 @@ def test_cancelling_ends_the_process_tree(maker, launcher, tmp_path):
     spec, log = tmp_path / "spec.json", tmp_path / "log.txt"
     os.mkfifo(spec)  # the stage blocks while it reads its own spec
     job = launcher.launch(spec, log, 1)
-    assert job.started.wait(60)
+    assert job.started.wait(300)
     assert psutil.pid_exists(job.pid)
     job.cancel()
-    assert job.ended.wait(10) and job.status == -signal.SIGTERM
+    assert job.ended.wait(60) and job.status == -signal.SIGTERM
 
 
 def test_nothing_starts_after_cancel(maker, documents):
@@ -185,10 +216,10 @@ def test_the_worker_ends_with_its_parent(tmp_path):
     spec = tmp_path / "spec.json"
     os.mkfifo(spec)
     job = launcher.launch(spec, tmp_path / "log.txt", 1)
-    assert job.started.wait(60)
+    assert job.started.wait(300)
     worker = launcher._worker
     worker.stdin.close()
-    assert worker.wait(15) == 0
+    assert worker.wait(60) == 0
     assert not psutil.pid_exists(job.pid)
 
 
