@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+
+def together(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """function(item) of each, in order: a bucket takes as long for many questions at once as for one."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(function, items))
 
 
 def open_store(conf: Any) -> Any:

@@ -15,7 +15,7 @@ OVERRIDES = "Hydra overrides, e.g. data.sources=[~/docs] expert.math.sft.lr=1e-3
 
 def main() -> None:
     """Entry point: every user's mistake ends as one sentence and a non-zero status."""
-    args = _parser().parse_args()
+    args = _parse(sys.argv[1:])
     try:
         sys.exit(args.command(args) or 0)
     except CuveeError as error:
@@ -28,7 +28,15 @@ def main() -> None:
         sys.exit(141)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Options and overrides may stand in any order, which a parser with commands does not take by itself."""
+    parser, commands = _parser()
+    if words and words[0] in commands:
+        return commands[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser("cuvee", description="Raw text to a blended, polished, servable language model.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -77,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--days", type=float, default=7.0, help="how old it must be")
     sub = command("worker", worker, "register the deployments with the server at PREFECT_API_URL and run what they start")
     sub.add_argument("overrides", nargs="*", help="defaults of the deployments, e.g. cluster=kubernetes store=s3 store.uri=s3://b/p")
-    return parser
+    return parser, commands.choices
 
 
 def _graph(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
@@ -90,17 +98,17 @@ def _graph(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from flows import together
     from flows.summary import closing
 
     started = time.monotonic()
     graph, nodes, store = _graph(args)
-    missing = [node for node in nodes if store.record(node.fingerprint) is None]
+    missing = [record for record in together(store.record, [n.fingerprint for n in nodes]) if record is None]
     if missing:
         print(f"cuvee: {len(missing)} of {len(nodes)} stages to make, {len(nodes) - len(missing)} are made already")
         _run_flow(args, graph, nodes)
     else:
-        for node in nodes:
-            store.set_alias(node.name, node.fingerprint)
+        together(lambda node: store.set_alias(node.name, node.fingerprint), nodes)
         print(f"cuvee: all {len(nodes)} stages are made already; nothing to do")
         _tell_mlflow()
     for line in closing(store, graph, nodes, time.monotonic() - started):

@@ -7,7 +7,10 @@ a new file is known by being there.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -15,11 +18,12 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.stage import ROOT, ConfigError, load, unknown
 
+REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 CONF = ROOT.parent / "conf"
 HOME = re.compile(r"(?<=[\[,=])~(?=[/\],]|$)")  # neither Hydra nor a shell reads it within a list
 
@@ -52,35 +56,51 @@ def compose(overrides: list[str]) -> DictConfig:
     the field, the value and the type for a wrong value."""
     overrides = [HOME.sub(str(Path.home()), override) for override in overrides]
     store = ConfigStore.instance()
-    for name in stage_names():
+    for name in _own_sections(overrides):
         store.store(group="stage", name=name, node=load(name).Config)
-    store.store(name="cuvee", node=_primary())
+    primary, sections = _primary()
+    store.store(name="cuvee", node=primary)
+    store.store(name="sections", node=sections, package="_global_")
     try:
         conf = _compose(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        opened = _open_dictionaries(overrides)
-        if opened == list(overrides):
-            raise ConfigError(_sentence(error, overrides)) from None
+    except REFUSED as error:
+        try:
+            opened = _open_dictionaries(overrides)
+            problem = _sentence(error, overrides) if opened == list(overrides) else ""
+        except REFUSED:  # not an override's fault: a file of conf/ can't be composed
+            problem = _reason(error)
+        if problem:
+            raise ConfigError(problem) from None
         return compose(opened)
     if any("_target_" in override for override in overrides):
         raise ConfigError("_target_ names code to be run, which no configuration may; leave it out")
-    for key in sorted(OmegaConf.missing_keys(conf)):
+    for key in sorted(_missing(OmegaConf.to_container(conf))):
         raise ConfigError(f"{key} must be given, e.g. {key}=...; see the comments in conf/{key.split('.')[0]}")
     for key, value in conf.items():
         if not isinstance(value, DictConfig):
             raise ConfigError(f"{key}={value}: {key} is a section of fields, set one of them, e.g. {key}.<field>={value}")
-    for expert in conf.recipe.experts:
+    with_prompts = [*conf.recipe.experts, *conf.recipe.get("also", [])]
+    for expert in with_prompts:
         if expert not in conf.expert:
-            raise ConfigError(f"recipe.experts: {unknown(expert, list(conf.expert))}")
+            field = "experts" if expert in conf.recipe.experts else "also"
+            raise ConfigError(f"recipe.{field}: {unknown(expert, list(conf.expert))}")
     if not conf.recipe.experts:
         raise ConfigError("recipe.experts is empty; name at least one of " + ", ".join(conf.expert))
-    left_out = [expert for expert in conf.expert if expert not in conf.recipe.experts]
     for expert in conf.recipe.experts:  # an expert that is left out has no prompts to mix in, and no model to weigh
         for part in (conf.expert[expert].sft, conf.expert[expert].refine, conf.expert[expert].rl):
-            part.mix = {d: share for d, share in part.mix.items() if d not in left_out}
+            part.mix = {d: share for d, share in part.mix.items() if d in with_prompts or d not in conf.expert}
     for part in (conf.soup.sft, conf.soup.rl):
-        part.weights = {e: weight for e, weight in part.weights.items() if e not in left_out}
+        part.weights = {e: weight for e, weight in part.weights.items() if e in conf.recipe.experts or e not in conf.expert}
     return conf
+
+
+def _missing(node: Any, path: str = "") -> Iterator[str]:
+    """The keys whose value is ???, which a user must give."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing(value, f"{path}.{key}" if path else str(key))
+    elif node == MISSING:
+        yield path
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -89,11 +109,22 @@ def _compose(overrides: list[str]) -> DictConfig:
         return hydra_compose("cuvee", overrides=[*_always(overrides), *overrides])
 
 
+def _recipe(overrides: list[str]) -> dict:
+    """The chosen recipe's file; empty where there is none of that name."""
+    path = CONF / "recipe" / f"{split(overrides, ('recipe',))[0].get('recipe', default('recipe'))}.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else {}
+
+
 def _always(overrides: list[str]) -> list[str]:
     """What the chosen recipe is, whatever the scale: the overrides that its file lists under `always`. The user's win."""
-    path = CONF / "recipe" / f"{split(overrides, ('recipe',))[0].get('recipe', default('recipe'))}.yaml"
-    found = yaml.safe_load(path.read_text()) if path.exists() else {}
+    found = _recipe(overrides)
     return found.get("recipe", found).get("always", [])
+
+
+def _own_sections(overrides: list[str]) -> list[str]:
+    """The stages of the sections that the chosen recipe's file adds."""
+    entries = [one for one in _recipe(overrides).get("defaults", []) if isinstance(one, dict)]
+    return [stage for one in entries for key, stage in one.items() if key.startswith("/stage@")]
 
 
 def _open_dictionaries(overrides: list[str]) -> list[str]:
@@ -117,18 +148,27 @@ def _groups(overrides: list[str]) -> list[str]:
     return [one for one, key, value in parts if (CONF / key.split("@")[0] / f"{value}.yaml").exists()]
 
 
-def _primary() -> dict:
-    """conf/config.yaml with every expert's file added to its defaults, where the word `experts` stands."""
+def _primary() -> tuple[dict, dict]:
+    """(conf/config.yaml as Hydra takes it, the sections that its `stage@` entries name). `experts` stands for every expert.
+    Hydra takes all sections as one node: one by one they would take it twice as long."""
     primary = yaml.safe_load((CONF / "config.yaml").read_text())
-    experts = [{f"expert@expert.{p.stem}": p.stem} for p in sorted((CONF / "expert").glob("[!_]*.yaml"))]
-    at = primary["defaults"].index("experts")
-    primary["defaults"][at : at + 1] = experts
-    return primary
+    experts, others, sections = choices("expert"), [], {}
+    for entry in primary["defaults"]:
+        (key, choice), *_ = entry.items() if isinstance(entry, dict) else [(entry, "")]
+        if key == "experts":
+            others += [{f"expert@expert.{name}": name} for name in experts]
+        elif key.startswith("stage@"):
+            *path, last = key.removeprefix("stage@").split(".")
+            for head in [["expert", name] for name in experts] if path == ["experts"] else [path]:
+                reduce(lambda node, part: node.setdefault(part, {}), head, sections)[last] = load(choice).Config
+        else:
+            others.append(entry)
+    return primary | {"defaults": ["sections", *others]}, sections
 
 
 def _sentence(error: Exception, overrides: list[str]) -> str:
     """What is wrong with which override, and the nearest valid name."""
-    reason = str(error.__cause__ or error).splitlines()[0]
+    reason = _reason(error)
     for override in overrides:
         key, eq, value = override.lstrip("+~").partition("=")
         if not eq:
@@ -141,6 +181,20 @@ def _sentence(error: Exception, overrides: list[str]) -> str:
             problem = _unknown_key(key, _groups(overrides))
             return problem or f"{key}={value}: {reason}"
     return reason
+
+
+def _reason(error: BaseException) -> str:
+    """What was wrong: with the file of conf/ where Hydra or YAML name one, and the key where OmegaConf does."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
+    inside = re.compile(r"In '?([\w/]+)'?: ")
+    lines = str(error.__cause__ or error.__context__ or error).splitlines()
+    what = inside.sub("", lines[0])
+    place = inside.match(str(error))
+    if not place:
+        return what
+    key = next((line.partition("full_key: ")[2] for line in lines if "full_key: " in line), "")
+    return f"conf/{place[1].replace('cuvee', 'config')}.yaml: {key and f'{key}: '}{what}"
 
 
 def _unknown_key(key: str, groups: list[str]) -> str | None:

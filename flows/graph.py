@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from stages import stage as stages
 from stages.stage import ConfigError, Estimate, Kind
@@ -97,9 +97,8 @@ class Graph:
         module = stages.load(stage)
         inputs = {arg: one for arg, one in inputs.items() if one}
         _check_inputs(name, module, inputs)
-        values = OmegaConf.to_container(config, resolve=True)
         where = config._get_full_key("")
-        node = Node(name, stage, stages.parse(module.Config, values, where), inputs, where)
+        node = Node(name, stage, stages.parse(module.Config, config, where), inputs, where)
         if hasattr(module, "check"):
             try:
                 module.check(node.config, node.map_inputs(lambda n: n.config))

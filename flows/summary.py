@@ -17,14 +17,13 @@ def closing(store: Any, graph: Any, nodes: list[Any], seconds: float) -> Iterato
     yield ""
     if "export" in made:
         yield f"  model    {store.folder(made['export'].fingerprint)}"
+        yield f"  talk     cuvee chat {made['export'].inputs['model'].name}"
     if "report" in made:
         yield f"  report   {store.folder(made['report'].fingerprint) / 'report.html'}"
     prefect, mlflow = address("prefect"), address("mlflow")
     hint = "" if prefect and mlflow else "   (start both with `cuvee up`)"
     yield f"  prefect  {prefect or 'http://127.0.0.1:4200'}/runs{hint}"
     yield f"  mlflow   {mlflow_page(mlflow or 'http://127.0.0.1:5000')}"
-    if "polished" in made:
-        yield "  talk     cuvee chat polished"
     yield f"  state    {state_dir()}   ({seconds:.0f} s)"
 
 

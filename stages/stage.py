@@ -137,19 +137,35 @@ def unknown(found: str, allowed: list[str]) -> str:
 
 
 def parse(config_type: type, values: dict[str, Any], where: str) -> Any:
-    """An instance of `config_type` from plain values, with every key and type checked.
+    """An instance of `config_type` from plain values or from a composed section, with every key and type checked.
 
     Raises ConfigError naming `where.key`, what was given and what is allowed.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    typed = OmegaConf.get_type(values) is config_type  # a composed section, whose values are of their types already
+    if typed:
+        _check_keys(values, where)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_type), values))
+        config = OmegaConf.to_object(values if typed else OmegaConf.merge(OmegaConf.structured(config_type), values))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, config_type, where)) from None
     _check_choices(config, where)
     return config
+
+
+def _check_keys(section: Any, where: str) -> None:
+    """Hydra's + adds keys to a section that its type does not have."""
+    from omegaconf import OmegaConf
+
+    fields = [f.name for f in dataclasses.fields(OmegaConf.get_type(section))]
+    for key in section:
+        if key not in fields:
+            raise ConfigError(f"{where}.{key}: {unknown(key, fields)}")
+        child = section._get_node(key)
+        if dataclasses.is_dataclass(OmegaConf.get_type(child)):
+            _check_keys(child, f"{where}.{key}")
 
 
 def _explain(error: Exception, config_type: type, where: str) -> str:
