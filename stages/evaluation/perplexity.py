@@ -35,7 +35,9 @@ def windows(prefix: Path, limit: int, length: int) -> list[np.ndarray]:
 
     documents, found, left = IndexedTokens(prefix), [], limit
     for i in range(len(documents)):
-        tokens = documents.document(i)[: max(left, 0)]
+        if left <= 0:
+            break
+        tokens = documents.document(i)[:left]
         left -= len(tokens)
         found += [tokens[start : start + length] for start in range(0, len(tokens), length)]
     return [piece for piece in found if len(piece) > 1]

@@ -1,14 +1,13 @@
 """Publish a checkpoint in Hugging Face's format, gated on logit parity with transformers' own model."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.stage import Artifact, Context, Estimate, Input, Kind, option
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {"model": Input(Kind.CHECKPOINT)}
 OUTPUT = Kind.EXPORT
 
@@ -28,13 +27,12 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
     Writes parity.json beside the model's files. Raises CuveeError, and publishes nothing, above the allowed difference.
     """
+    from stages.merge.checkpoint import copy_model
     from stages.model import parity
     from stages.model.folder import read_config
 
     model: Artifact = inputs["model"]
-    for path in sorted(model.path.iterdir()):
-        if path.is_file() and path.name != "record.json":
-            shutil.copyfile(path, out / path.name)
+    copy_model(model.path, out, weights=config.dtype == "float32")
     if config.dtype != "float32":
         cast(model.path, out, config.dtype)
     _generation(out)

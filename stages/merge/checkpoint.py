@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,17 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether output and input embeddings are one matrix (Cohere2's default)."""
         return bool(self.config.get("tie_word_embeddings", True))
+
+
+def copy_model(source: Path, out: Path, weights: bool = True) -> None:
+    """Copy the model in the folder `source` to `out`: its configuration, its tokenizer and, asked for, its weights, without
+    what a stage left beside it (rollouts, the record of a choice)."""
+    from stages.model.folder import TOKENIZER_FILES
+
+    names = {"config.json", "generation_config.json", INDEX, *TOKENIZER_FILES}
+    for name in sorted(names | (set(Checkpoint(source).layout.values()) if weights else set())):
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

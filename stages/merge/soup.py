@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from stages.stage import ConfigError, Context, Estimate, Input, Kind, option, parse, resolve, unknown
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "models": Input(Kind.CHECKPOINT, many=True),
     "base": Input(Kind.CHECKPOINT, optional=True),
@@ -75,7 +74,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     """
     from safetensors.torch import save_file
 
-    from stages.merge.checkpoint import Checkpoint, require_same
+    from stages.merge.checkpoint import Checkpoint, copy_model, require_same
 
     check(config, inputs)
     names = sorted(inputs["models"])  # a fixed order of sums: the recipe's order of experts is no part of the address
@@ -86,9 +85,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     base = Checkpoint(inputs["base"].path) if "base" in inputs else None
     require_same(models | ({"base": base} if base else {}))
     first = models[names[0]]
-    for path in sorted(first.path.iterdir()):
-        if path.is_file() and path.name != "record.json" and path.suffix != ".safetensors":
-            shutil.copyfile(path, out / path.name)
+    copy_model(first.path, out, weights=False)
     geometry = Geometry(names)
     for file in dict.fromkeys(first.layout.values()):  # one shard in memory at a time
         keys = [key for key, holder in first.layout.items() if holder == file]

@@ -10,6 +10,7 @@ from stages.report.facts import Facts, Model, origin, parents
 LEAST_WIN = 0.6  # of the final model against the last soup, by the reward model
 MOST_FALL = 0.02  # of a domain's mean score, in [0, 1]
 SEED = 0  # of the bootstrap
+MEASURED = ("verifier", "reward_model")  # the rewards that an evaluation holds
 
 
 def claims(facts: Facts) -> list[dict[str, Any]]:
@@ -34,7 +35,8 @@ def claims(facts: Facts) -> list[dict[str, Any]]:
 def _expert(facts: Facts, expert: Model, parent: Model, domain: str) -> dict[str, Any]:
     run = _trained(facts, expert.record)
     weights = run["config"].get("rewards") or {"verifier": 1.0} if run["stage"] == "train.rl" else None
-    measure = "score" if weights is None else "reward"
+    unseen = sorted(name for name, weight in (weights or {}).items() if weight and name not in MEASURED)
+    measure = "score" if weights is None else "reward" + (f" without {', '.join(unseen)}" if unseen else "")
     pairs = [
         (row, parent.samples[i]) for i, row in expert.samples.items() if row["domain"] == domain and i in parent.samples
     ]
@@ -55,12 +57,14 @@ def _value(row: dict[str, Any], weights: dict[str, float] | None) -> float:
 
 
 def _trained(facts: Facts, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of the training run behind a model: its own, or that of the first model it was merged or chosen from."""
+    """The record of the training run behind a model: its own, or that of the model it was chosen as, or of the first one
+    that it was merged from."""
     while record["stage"] in ("merge.soup", "evaluation.choose"):
-        above = next((fp for arg, fp, _ in parents(record) if arg.startswith("models.")), origin(record))
-        if above not in facts.records:
+        merged = record["stage"] == "merge.soup"
+        first = next((fp for arg, fp, _ in parents(record) if merged and arg.startswith("models.")), origin(record))
+        if first not in facts.records:
             break
-        record = facts.records[above]
+        record = facts.records[first]
     return record
 
 

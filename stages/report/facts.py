@@ -109,8 +109,13 @@ def parents(record: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def origin(record: dict[str, Any]) -> str | None:
-    """Fingerprint of the checkpoint whose weights this one continues: `init`, a soup's `base`, else the first one."""
+    """Fingerprint of the checkpoint whose weights this one continues: the chosen one, `init`, a soup's `base`, else the
+    first one."""
     models = {arg: fp for arg, fp, kind in parents(record) if kind == "checkpoint"}
+    if record.get("stage") == "evaluation.choose":
+        chosen = next(name for name, value in record["metrics"].items() if name.startswith("chosen/") and value)
+        name = chosen.removeprefix("chosen/")
+        return models["start" if name == "start" else f"models.{name}"]
     return models.get("init") or models.get("base") or next(iter(models.values()), None)
 
 

@@ -56,7 +56,7 @@ def context(facts: Facts, title: str, hourly_cost: float, currency: str, extras:
         "says": {
             "matrix": say_matrix(facts), "claims": say_claims(claimed), "judged": judged and judging.say(judged),
             "gains": say_gains(gained), "retention": say_retention(held),
-            "wins": say_wins(wins, facts), "lengths": [say_lengths(facts, d) for d in long_domains],
+            "wins": say_wins(wins, facts, judged), "lengths": [say_lengths(facts, d) for d in long_domains],
             "perplexity": say_perplexity(facts), "lineage": say_lineage(facts), "time": say_time(facts),
             "data": say_data(extras.get("corpus")),
         },
@@ -184,13 +184,11 @@ def say_retention(rows: list[dict[str, Any]]) -> str:
     return " ".join(text)
 
 
-def say_wins(rows: list[dict[str, Any]], facts: Facts) -> str:
+def say_wins(rows: list[dict[str, Any]], facts: Facts, judged: dict[str, Any] | None) -> str:
     if not rows:
         return ""
     value, low, high = rows[-1]["final"]
-    judge = [r for r in facts.records.values() if r["kind"] == "reward_model"]
-    accuracy = judge and judge[-1]["metrics"].get("heldout_accuracy")
-    trust = f" The reward model itself orders {share(accuracy)} of its held-out pairs rightly." if accuracy else ""
+    trust = f" The reward model itself orders {share(judged['accuracy'])} of its held-out pairs rightly." if judged else ""
     return (
         f"Against {rows[-1]['model']}, {facts.final.name} wins {share(value)} ({percent(low)}–{percent(high)}); "
         f"against {rows[0]['model']} {share(rows[0]['final'][0])}.{trust}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.stage import ConfigError, Context, CuveeError, Input, Kind, option
 
-VERSION = "2"
+VERSION = "3"
 INPUTS = {
     "scores": Input(Kind.SCORES, many=True),
     "export": Input(Kind.EXPORT, optional=True),

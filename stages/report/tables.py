@@ -89,7 +89,7 @@ def claim_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The claims with their figures as text: win rates in percent, gains of a score in points, of a reward as it is."""
 
     def written(row: dict[str, Any], value: float) -> str:
-        if row["measure"] == "reward":
+        if row["measure"].startswith("reward"):
             return f"{value:+.3f}".replace("-", "−")
         return f"{100 * value:.1f} %" if row["measure"] == "win rate" else f"{100 * value:+.1f}".replace("-", "−")
 
@@ -171,13 +171,13 @@ def _answer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def corpus(table: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What curation wrote in table.json: blocks, sources, reasons, and examples of removed documents."""
+    """What curation wrote in table.json: blocks, sources, reasons, thresholds, and examples of removed and changed documents."""
     if not table:
         return None
     most = max((one["removed"] for one in table["blocks"]), default=0) or 1
     blocks = [
         {"block": one["block"], "removed": f"{one['removed']:,}", "kept": f"{one['kept']:,}",
-         "width": round(120 * one["removed"] / most), "megabytes": f"{one['bytes'] / 1e6:.2f}"}
+         "changed": f"{one['changed']:,}", "width": round(120 * one["removed"] / most), "megabytes": f"{one['bytes'] / 1e6:.2f}"}
         for one in table["blocks"]
     ]  # fmt: skip
     sources: dict[tuple[str, str], dict[str, int]] = {}
@@ -199,7 +199,11 @@ def corpus(table: dict[str, Any] | None) -> dict[str, Any] | None:
                     for (source, domain), one in sorted(sources.items())],
         "reasons": [{"block": block, "rule": rule, "documents": f"{n:,}", "kilobytes": f"{size / 1e3:,.0f}"}
                     for (block, rule), (n, size) in by_block],
-        "examples": [{"block": block, **one} for block in order for one in table["removed_examples"].get(block, [])],
+        "examples": [*({"block": block, **one} for block in order for one in table["removed_examples"].get(block, [])),
+                     *({"block": block, "id": one["id"], "reason": "changed", "text": f"{one['before']}\n→\n{one['after']}"}
+                       for block in order for one in table["changed_examples"].get(block, []))],
+        "thresholds": [row | {"removed": [{"value": f"{value:g}", "documents": f"{count:,}", "own": value == row["threshold"]}
+                                          for value, count in row["removed"]]} for row in table["thresholds"]],
     }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from stages.evaluation.evaluate import by, summary
+from stages.evaluation._suites import by
+from stages.evaluation.evaluate import summary
 from stages.stage import Artifact, Kind
 from stages.train._judge import optimised, quality
 
@@ -17,7 +18,7 @@ DOMAINS = ("code", "long_context", "math", "multilingual", "rag", "safety")
 START = datetime(2026, 1, 5, 9, 30, tzinfo=UTC)
 # What each step of the recipe does to the chance of solving a prompt: (all domains, the expert's own domain).
 SKILL = {"pretrained": 0.0, "base": 0.01, "instruct": 0.28, "sft-soup": 0.47, "rl-soup": 0.58, "best-of-n": 0.60,
-         "preference": 0.62, "polished": 0.66}  # fmt: skip
+         "preference": 0.62, "online": 0.66, "polished": 0.66}  # fmt: skip
 
 
 class Recipe:
@@ -127,9 +128,12 @@ def corpus_table() -> dict:
         "text": "def <fix>(self):\n    pass",
     }
     return {
-        "blocks": [{"block": b, "removed": gone, "kept": kept, "bytes": kept * 3_300} for b, gone, kept in blocks],
+        "blocks": [{"block": b, "removed": gone, "kept": kept, "changed": gone // 2, "bytes": kept * 3_300} for b, gone, kept in blocks],
         "rows": [dict(zip(names, row, strict=True)) for row in rows],
         "removed_examples": {"minhash": [example], "quality": [example | {"reason": "mostly punctuation: 0.61"}]},
+        "changed_examples": {"language": [{"id": "cldr/de/days", "before": "Ã©", "after": "é"}]},
+        "thresholds": [{"block": "quality", "option": "min_words", "threshold": 50, "documents": 96, "removed": [[38, 4], [45, 5], [50, 6], [55, 6], [62, 9]],
+                        "nearest": [{"value": 45, "id": "stdlib/uu.py", "reason": "number of words: 47", "text": "<uu>"}]}],
     }
 
 
@@ -170,8 +174,12 @@ def whole(root: Path, domains: tuple[str, ...] = DOMAINS, judged: bool = True) -
     made["preference"] = r.train(
         "preference", "train.preference", 9, 70_000, 0.69, 0.5, init=made["best-of-n"], pairs=better
     )
-    made["polished"] = r.train("polished", "train.rl", 16, 60_000, 0.4, 0.3, reward=(0.5, 0.75), init=made["preference"],
-                               prompts=prompts, rewarded=reward)  # fmt: skip
+    made["online"] = r.train("online", "train.rl", 16, 60_000, 0.4, 0.3, reward=(0.5, 0.75), init=made["preference"],
+                             prompts=prompts, rewarded=reward)  # fmt: skip
+    candidates = {name: made[name] for name in ("best-of-n", "online", "preference")}
+    wins = {f"chosen/{name}": float(name == "online") for name in ("start", *candidates)}
+    made["polished"] = r.step("polished", "evaluation.choose", Kind.CHECKPOINT, 5, wins, models=candidates,
+                              prompts=prompts, reward=reward, start=made["rl-soup"])  # fmt: skip
 
     def skill(name: str):
         kind, _, own = name.partition("-")

@@ -15,7 +15,8 @@ from stages.stage import CuveeError, Kind
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tiny.checkpoint(tmp_path_factory.mktemp("export") / "model", num_hidden_layers=4, sliding_window_pattern=2)
-    (folder / "record.json").write_text("{}")
+    for name in ("record.json", "choice.json", "rollouts.jsonl", "samples.json"):  # what stages leave beside a model
+        (folder / name).write_text("{}")
     above = {"name": "base", "stage": "train.pretrain", "seconds": 3.0, "config": {"lr": 1e-3}, "inputs": {}}
     link = {"fingerprint": "base0", "kind": "checkpoint"}
     return tiny.artifact(
@@ -50,7 +51,7 @@ def test_the_folder_generates_with_transformers(export, model):
     )
     assert network.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
     assert (out / "model.safetensors").read_bytes() == (model.path / "model.safetensors").read_bytes()
-    assert not (out / "record.json").exists()
+    assert not {"record.json", "choice.json", "rollouts.jsonl", "samples.json"} & {path.name for path in out.iterdir()}
 
 
 def test_the_card_tells_how_it_was_made(export):

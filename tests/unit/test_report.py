@@ -104,6 +104,12 @@ def test_what_models_and_documents_say_is_escaped(made):
     assert "def &lt;fix&gt;" in text
 
 
+def test_the_page_shows_thresholds_and_what_was_changed(made):
+    text = made[1]["report.html"]
+    assert "38: 4 · 45: 5 · <b>50: 6</b> · 55: 6 · 62: 9" in text and "turns at 45: number of words: 47" in text and "&lt;uu&gt;" in text
+    assert "Ã©\n→\né" in text
+
+
 def test_the_spine_goes_from_the_first_model_to_the_exported_one(facts):
     assert facts.spine == [
         "pretrained",
@@ -113,6 +119,7 @@ def test_the_spine_goes_from_the_first_model_to_the_exported_one(facts):
         "rl-soup",
         "best-of-n",
         "preference",
+        "online",
         "polished",
     ]
     assert {name: model.parent for name, model in facts.models.items()}["rl-math"] == "sft-soup"
@@ -233,3 +240,7 @@ def test_origin_prefers_the_weights_that_are_continued():
     assert origin({"inputs": soup}) == "a"
     assert origin({"inputs": {"models": soup["models"]}}) == "c"
     assert origin({"inputs": {}}) is None
+    given = {"start": link, **soup} | {"models": soup["models"] | {"math": {"fingerprint": "m", "kind": "checkpoint"}}}
+    choice = {"stage": "evaluation.choose", "inputs": given, "metrics": {"win/code": 0.7, "chosen/code": 0.0}}
+    assert origin(choice | {"metrics": {"chosen/code": 0.0, "chosen/math": 1.0}}) == "m"
+    assert origin(choice | {"metrics": {"chosen/code": 0.0, "chosen/start": 1.0}}) == "a"
