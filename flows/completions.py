@@ -49,8 +49,8 @@ def add(api: FastAPI, engine: Any, name: str) -> None:
             ids = engine.tokenizer.encode(ids, add_special_tokens=False)
         longest, rows = engine.model.config.max_position_embeddings, len(engine.tokenizer)
         if not ids or len(ids) + request.max_tokens > longest or not all(0 <= i < engine.model.config.vocab_size for i in ids):
-            raise CuveeError(f"prompt: {len(ids)} tokens and max_tokens {request.max_tokens}; the model reads {longest} of "
-                             f"at least 1, with ids from 0 to {rows - 1}")  # fmt: skip
+            raise CuveeError(f"prompt: {len(ids)} tokens and max_tokens {request.max_tokens}; give at least 1, no more than "
+                             f"{longest} of both together, and ids from 0 to {rows - 1}")  # fmt: skip
         if any(token < rows for token in request.logit_bias):
             raise CuveeError(f"logit_bias: tokens below {rows} can't be forbidden; those without text never come")
         if request.echo != (request.max_tokens == 0):
@@ -63,13 +63,18 @@ def add(api: FastAPI, engine: Any, name: str) -> None:
 
     @api.post("/update_weights_from_disk")
     def update(request: WeightsRequest) -> dict:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         files = sorted(Path(request.model_path).glob("*.safetensors"))
         if not files:
             raise CuveeError(f"model_path: {request.model_path} holds no safetensors; give a checkpoint's folder")
+        try:
+            weights = {key: tensor for file in files for key, tensor in load_file(file).items()}
+        except (SafetensorError, OSError) as error:
+            raise CuveeError(f"model_path: {request.model_path} can't be read ({error}); give a whole checkpoint") from None
         with lock:
-            engine.sync_weights({key: tensor for file in files for key, tensor in load_file(file).items()})
+            engine.sync_weights(weights)
         return {"success": True, "message": f"the weights of {request.model_path}"}
 
 

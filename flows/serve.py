@@ -84,7 +84,7 @@ def app(folder: Path, name: str = "", rollouts: bool = False) -> FastAPI:
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return _refuse(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+        return _refuse(f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}")
 
     @api.exception_handler(Refused)
     async def none(request: Request, error: Refused) -> JSONResponse:
@@ -193,6 +193,7 @@ def serve(folder: Path, name: str = "", port: int = 8000, rollouts: bool = False
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise CuveeError(f"port {port} can't be used ({error.strerror}); give another with --port") from None
+    api = app(folder, name, rollouts)  # a large model takes a while to load
     print(f"http://127.0.0.1:{port}/v1 serves {name or folder.name}; Ctrl-C ends", flush=True)
-    uvicorn.run(app(folder, name, rollouts), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn.run(api, host="127.0.0.1", port=port, log_level="warning")
     return 0

@@ -7,8 +7,10 @@ without what the first call costs (capturing CUDA graphs). Tokens count up to ea
 
 The shares are of train.rl (CoPG, BF16) on the same folder; a random model's completions are all cut at --new there.
 
-    python infra/bench/rollout_speed.py [--folder F] [--prompts 256] [--samples 8] [--new 512] [--mean 256]
-        [--batches 256 1024] [--rl-steps 6]
+The defaults are for a look of one or two minutes; --prompts 256 --new 512 --mean 256 --rl-steps 6 for figures to show.
+
+    python infra/bench/rollout_speed.py [--folder F] [--prompts 128] [--samples 8] [--new 256] [--mean 128]
+        [--batches 256 1024] [--rl-steps 4]
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def rl(folder: Path, arguments: Any, root: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path)
-    for name, default in (("prompts", 256), ("samples", 8), ("new", 512), ("mean", 256), ("rl-steps", 6)):
+    for name, default in (("prompts", 128), ("samples", 8), ("new", 256), ("mean", 128), ("rl-steps", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", type=int, nargs="*", default=[256, 1024])
     arguments = parser.parse_args()

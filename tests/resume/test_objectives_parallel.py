@@ -97,14 +97,14 @@ def single(model, tmp_path_factory):
     return steps(model, tmp_path_factory.mktemp("single"))
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel": 2}], ids=["DP2", "PP2"])
+@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel": 2}, {"fsdp": True}], ids=["DP2", "PP2", "FSDP2"])
 def test_two_processes_take_the_steps_of_one(model, single, tmp_path, layout):
     free = port()
     ranks = [FORKS.Process(target=rank_main, args=(r, free, model, tmp_path / "found.json", layout)) for r in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(600)
     assert [process.exitcode for process in ranks] == [0, 0]
     found = json.loads((tmp_path / "found.json").read_text())
     for name in OBJECTIVES:
