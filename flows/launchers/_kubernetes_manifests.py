@@ -210,8 +210,7 @@ def _environment(settings: Settings, stage: Stage) -> list[dict[str, Any]]:
     found = variables({"HOME": "/tmp", "OMP_NUM_THREADS": str(threads), **settings.env})
     if stage.hosts > 1:
         found += variables({"CUVEE_HOSTS": str(stage.hosts), "CUVEE_RUN": stage.name,
-                            "CUVEE_RENDEZVOUS": f"{meeting_host(settings, stage)}:{settings.port}",
-                            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # fmt: skip
+                            "CUVEE_RENDEZVOUS": f"{meeting_host(settings, stage)}:{settings.port}"})  # fmt: skip
         found.append({"name": "CUVEE_ADDRESS", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
     return found
 

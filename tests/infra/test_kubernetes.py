@@ -7,7 +7,7 @@ import yaml
 
 from tests.infra.rendered import COMPONENTS, KUBERNETES, OVERLAYS, ROOT, of_kind, overlay, pods, with_component, worker
 
-CUSTOM = ("kueue.x-k8s.io/",)  # whose schemas are not Kubernetes' own
+CUSTOM = ("kueue.x-k8s.io/", "objectbucket.io/")  # whose schemas are not Kubernetes' own
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|AUTH|_KEY(_|$)|SESSION")
 
 
@@ -33,6 +33,22 @@ def test_a_component_goes_with_the_base(name, tmp_path):
             validate(one, "1.33", strict=True)
     head = (KUBERNETES / "components" / name / "kustomization.yaml").read_text()
     assert head.startswith("# "), f"{name} does not say what it is for"
+
+
+def test_whoever_reads_the_bucket_has_its_keys_and_its_address(tmp_path):
+    """Rook's claim, whose schema is not at hand either, leaves a Secret of the claim's name."""
+    objects = with_component("ceph", tmp_path)
+    (claim,), maps = of_kind(objects, "ObjectBucketClaim"), {m["metadata"]["name"]: m["data"] for m in of_kind(objects, "ConfigMap")}
+    secret, settings = claim["metadata"]["name"], maps["cuvee-settings"]
+    assert settings["secrets"] == secret and set(claim["spec"]) == {"bucketName", "storageClassName"}
+    assert settings["store_uri"].startswith(f"s3://{claim['spec']['bucketName']}/")
+    assert settings["mlflow_artifacts"].startswith(f"s3://{claim['spec']['bucketName']}/")
+    host = re.fullmatch(r"http://[\w-]+\.([\w-]+)\.svc", maps["cuvee-s3"]["AWS_ENDPOINT_URL_S3"])
+    (policy,) = (one for one in of_kind(objects, "NetworkPolicy") if one["metadata"]["name"] == "bucket")
+    assert host[1] in str(policy["spec"]["egress"])
+    for name, template in pods(objects):
+        sources = [one["secretRef"]["name"] for one in template["spec"]["containers"][0].get("envFrom", []) if "secretRef" in one]
+        assert sources == ([secret] if name in ("worker", "mlflow") else []), name
 
 
 def test_the_fields_of_kueue_are_those_of_v1beta2():
