@@ -12,10 +12,9 @@ or, if it must see everything:
                                                 "removed", bool [documents], hides documents from the joins that follow
     apply(documents, places, config, state) -> list[str]    the verdicts, by places in the corpus
 
-A verdict may be `Scored` (stages/data/thresholds.py): table.json then shows how the scores spread and which documents lie
-next to the threshold on either side. `LIBRARIES` names what decides a block's outcome by its release.
-
-Its own options are its `Config`, here under `options.<block>`; a `check(config)` may refuse them.
+Its own options are its `Config`, here under `options.<block>`; a `check(config)` may refuse them. Of those made with `at_least`
+or `at_most` (stages/data/thresholds.py), table.json shows how many documents, and which, go at a looser or stricter value.
+`LIBRARIES` names what decides a block's outcome by its release, `PRIVATE` says that what it takes out is not to be shown.
 """
 
 import dataclasses
@@ -31,7 +30,8 @@ from stages.data.shard import EXAMPLES
 from stages.data.source import Source, find
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, names, option, placement, resolve
 
-VERSION = "3"
+VERSION = "4"
+COUNTS = ("removed", "kept", "changed", "bytes")  # documents that a block removed, kept, changed; bytes that it kept
 INPUTS = {"labels": Input(Kind.CORPUS, optional=True)}  # of data.judge, for the classifier
 OUTPUT = Kind.CORPUS
 BLOCKS = ["encoding", "html", "language", "quality", "exact", "minhash", "split", "decontaminate"]
@@ -96,7 +96,7 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 def external(config: Config) -> dict[str, Any]:
     """The identity of the content of all sources and benchmarks: labels, and digests over file names and bytes."""
     found = {
-        field: [source.identity() for source in _sources(getattr(config, field), config)]
+        field: [source.identity() for source in _sources(config, field)]
         for field in ("sources", "benchmarks")
     }
     if config.existing:
@@ -115,15 +115,14 @@ def _libraries(blocks: list[str]) -> dict[str, str]:
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) -> dict[str, float]:
-    """Writes train-, heldout-, removed-*.parquet, table.json and decontaminated.json.
-
-    Raises CuveeError when nothing is left to train on.
+    """Writes train-, heldout-, removed-*.parquet, table.json, samples.json (the documents of the table, for MLflow) and
+    decontaminated.json. Raises CuveeError when nothing is left to train on.
     """
     if "labels" in inputs:
         config.options.classifier.labels = [str(inputs["labels"].path)]
     shards = [shard for source in _existing(config) for shard in source.shards("existing")]
-    shards += [shard for source in _sources(config.sources, config) for shard in source.shards("")]
-    shards += [shard for source in _sources(config.benchmarks, config) for shard in source.shards("benchmark")]
+    shards += [shard for source in _sources(config, "sources") for shard in source.shards("")]
+    shards += [shard for source in _sources(config, "benchmarks") for shard in source.shards("benchmark")]
     plan = Plan({name: getattr(config.options, name, None) for name in config.blocks}, shards, ctx.scratch / "curate")
     start, workers = engine.executor(config, ctx)
     table = _table(config.blocks, engine.curate(plan, start, workers, ctx.log))
@@ -140,13 +139,13 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
         raise CuveeError(f"{total['train'][0]} documents are left and none could be held out; give at least two "
                          "files (or records) to data.sources, or set data.options.split.heldout=0")
     engine.publish(plan, out)
-    (out / "table.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", "utf-8")
     against = _decontaminated(config)
-    (out / "decontaminated.json").write_text(json.dumps(against, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    metrics: dict[str, float] = {"decontaminated_suites": len(against["suites"]), "documents_removed": sum(step["removed"] for step in table["blocks"])}
+    for name, value in (("table", table), ("samples", _samples(table)), ("decontaminated", against)):
+        (out / f"{name}.json").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    metrics: dict[str, float] = {"documents_removed": sum(step["removed"] for step in table["blocks"]), "decontaminated_suites": len(against["suites"])}
     for split, (documents, volume) in total.items():
-        metrics |= {f"documents_{split}": documents, f"bytes_{split}": volume}
-    return metrics
+        metrics = {f"documents_{split}": documents, f"bytes_{split}": volume} | metrics
+    return metrics | {f"{field}/{step['block']}": step[field] for step in table["blocks"] for field in COUNTS}
 
 
 def _decontaminated(config: Config) -> dict[str, Any]:
@@ -158,17 +157,17 @@ def _decontaminated(config: Config) -> dict[str, Any]:
     """
     ran = {name: dataclasses.asdict(getattr(config.options, name)) for name in ("decontaminate", "minhash") if name in config.blocks}
     suites = [{"label": source.label, "file": entry.name, "digest": entry.digest()}
-              for source in _sources(config.benchmarks, config) for entry in source.entries]  # fmt: skip
+              for source in _sources(config, "benchmarks") for entry in source.entries]  # fmt: skip
     return {"suites": suites if ran else [], "ngrams": ran.get("decontaminate"), "minhash": ran.get("minhash"), "heldout": "decontaminate" in ran}
 
 
-def _sources(chosen: list[str], config: Config) -> list[Source]:
-    return find(chosen, config.seed, config.source_bytes, config.source_documents)
+def _sources(config: Config, field: str) -> list[Source]:
+    return find(getattr(config, field), config.seed, config.source_bytes, config.source_documents, f"data.{field}")
 
 
 def _existing(config: Config) -> list[Source]:
     """The training splits of corpora made before."""
-    found = find(config.existing, 0, 0, 0)
+    found = find(config.existing, field="data.existing")
     for source, name in zip(found, config.existing, strict=True):
         source.entries = [entry for entry in source.entries if entry.name.startswith("train-") and entry.kind == ".parquet"]
         if not source.entries:
@@ -178,25 +177,40 @@ def _existing(config: Config) -> list[Source]:
 
 def _table(blocks: list[str], counted: list[dict[str, Any]]) -> dict[str, Any]:
     """The counts of all shards and passes as one: blocks in order, rows by source and outcome, examples removed."""
-    steps = {name: {"block": name, "removed": 0, "kept": 0, "bytes": 0} for name in ["read", *blocks]}
+    steps = {name: {"block": name, **dict.fromkeys(COUNTS, 0)} for name in ["read", *blocks]}
     rows: dict[tuple, list[int]] = {}
-    examples: dict[str, list[dict]] = {}
+    examples: dict[str, dict[str, list[dict]]] = {"examples": {}, "changed": {}}
     for one in counted:
         for name, values in one["steps"].items():
-            for field, value in zip(("removed", "kept", "bytes"), values, strict=True):
+            for field, value in zip(COUNTS, values, strict=True):
                 steps[name][field] += value
         for *key, documents, volume in one["rows"]:
             total = rows.setdefault(tuple(key), [0, 0])
             rows[tuple(key)] = [total[0] + documents, total[1] + volume]
-        for name, found in one["examples"].items():
-            examples[name] = (examples.get(name, []) + found)[:EXAMPLES]
+        for kind, found in examples.items():
+            for name, some in one[kind].items():
+                found[name] = (found.get(name, []) + some)[:EXAMPLES]
+    for name in (name for name in examples["changed"] if getattr(engine.block(name), "PRIVATE", False)):
+        examples["changed"][name] = [one | {"before": ""} for one in examples["changed"][name]]
     names = ("source", "domain", "language", "outcome", "rule", "documents", "bytes")
     return {
         "blocks": list(steps.values()),
         "rows": [dict(zip(names, (*key, *value), strict=True)) for key, value in sorted(rows.items())],
-        "thresholds": thresholds.merge([one["thresholds"] for one in counted]),
-        "removed_examples": {name: examples[name] for name in steps if name in examples},
+        "thresholds": thresholds.merge(row for one in counted for row in one["thresholds"]),
+        "removed_examples": {name: examples["examples"][name] for name in steps if name in examples["examples"]},
+        "changed_examples": {name: examples["changed"][name] for name in steps if name in examples["changed"]},
     }
+
+
+def _samples(table: dict[str, Any]) -> dict[str, list[Any]]:
+    """Column -> values: the removed and changed documents of the table, and those next to a threshold."""
+    rows = [(block, one["reason"], one["id"], one["text"]) for block, some in table["removed_examples"].items() for one in some]
+    rows += [(block, "changed", one["id"], f"{one['before']}\n→\n{one['after']}") for block, some in table["changed_examples"].items() for one in some]
+    for row in table["thresholds"]:
+        falls = ", ".join(f"{count} at {value:g}" for value, count in row["removed"])
+        head = f"{row['option']} {row['threshold']:g}; of {row['documents']} documents go {falls}"
+        rows += [(row["block"], f"{head}; turns at {one['value']:g}: {one['reason']}", one["id"], one["text"]) for one in row["nearest"]]
+    return dict(zip(("block", "why", "id", "text"), map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
 
 
 def _nothing_left(heldout: int, rows: list[dict[str, Any]]) -> CuveeError:

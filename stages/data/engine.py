@@ -1,7 +1,8 @@
 """Curation's engine: documents stream through the blocks in passes over shards; blocks that compare them join in between.
 
 A pass reads a shard in batches, applies what the last joins decided, runs the blocks that need no other document, and
-gathers keys for the blocks that do: small rows that are joined over all shards before the next pass. A shard is written
+gathers keys for the blocks that do: small rows that are joined over all shards before the next pass; where they are many,
+the workers deal them out by their hashes and sort the parts. A shard is written
 under another name and renamed when it is whole, and its commit mark is its JSON: a killed run goes on from there. The
 shards follow from the sources alone, so that the bytes do not depend on the number of workers. Memory holds one batch
 a worker, a part of the keys, some bytes a document and what a join itself compares at once (the lines or the n-grams of
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.data import thresholds
+from stages.data import join, thresholds
 from stages.data.document import Document, size
 from stages.data.formats._record import TEXT_FIELDS
 from stages.data.join import Keys, State
@@ -47,16 +48,19 @@ class Step:
 class Plan:
     """All that a worker needs. options: block -> its Config. shards: what each yields; the order is their priority.
 
-    folder: intermediate files, kept over a crash.
+    folder: intermediate files, kept over a crash. share: of the documents, those in the sample for the thresholds.
     """
 
     options: dict[str, Any]
     shards: list[Any]
     folder: Path
     steps: list[Step] = field(default_factory=list)
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         self.steps = passes(list(self.options))
+        sizes = [piece.length for shard in self.shards if shard.split not in STAYS for piece in shard.entries]
+        self.share = thresholds.share(sum(sizes))
 
     def path(self, number: int, shard: int) -> Path:
         return self.folder / f"{number}-{shard:05d}"
@@ -70,6 +74,20 @@ class Plan:
 
     def joined(self, number: int, block: str) -> Path:
         return self.folder / f"{number}-{block}"
+
+
+@dataclass
+class Operation:
+    """A block at work on a shard. judge: its verdicts on documents at their places, with these or other options.
+
+    counts: documents removed, kept, changed, and bytes kept. sample: what thresholds are looked at with.
+    """
+
+    name: str
+    judge: thresholds.Judge
+    options: Any = None
+    counts: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    sample: list[thresholds.Seen] = field(default_factory=list)
 
 
 def block(name: str) -> Any:
@@ -104,17 +122,17 @@ def curate(plan: Plan, start: Callable[..., Any], workers: int, log: Callable[[s
     """Run all passes; what each shard of each pass counted, pass by pass. `start`: an executor's (see executors/)."""
     counted = []
     _fresh(plan)
-    with start(partial(run_shard, plan), min(workers, len(plan.shards))) as each:
+    with start(partial(_task, plan), min(workers, len(plan.shards))) as each:
         for number, step in enumerate(plan.steps):
             marks = [plan.path(number, shard).with_suffix(".json") for shard in range(len(plan.shards))]
             todo = [shard for shard, mark in enumerate(marks) if not mark.exists()]
-            for done, _ in enumerate(each(number, todo), 1):
+            for done, _ in enumerate(each(("shard", number, ""), todo), 1):
                 if len(todo) > 20 and done % (len(todo) // 10) == 0:
                     log(f"pass {number + 1} of {len(plan.steps)}: {done} of {len(todo)} shards")
             found = [json.loads(mark.read_text()) for mark in marks]
             counted += found
             np.save(plan.counts(number), [one["documents"] for one in found])
-            _join(plan, number, step)
+            _join(plan, number, step, each)
             if 0 < number < len(plan.steps) - 1:
                 for shard in range(len(plan.shards)):  # what the next pass reads is whole: the one before can go
                     Path(f"{plan.path(number - 1, shard)}.arrow").unlink(missing_ok=True)
@@ -148,13 +166,23 @@ def link(made: Path, path: Path) -> None:
         shutil.copyfile(made, path)
 
 
-def _join(plan: Plan, number: int, step: Step) -> None:
+def _task(plan: Plan, what: tuple[str, int, str], item: int) -> None:
+    """What a worker does: a pass over a shard, or a part of bringing a block's keys in order."""
+    kind, number, name = what
+    if kind == "shard":
+        run_shard(plan, number, item)
+    else:
+        join.task(plan.joined(number, name), kind, item)
+
+
+def _join(plan: Plan, number: int, step: Step, each: Callable[..., Iterator[int]]) -> None:
     """Join the keys of a pass, block after block; what one removes, the next does not see."""
     paths, counts = plan.left(number)
     keys = Keys(paths, counts, [shard.split in STAYS for shard in plan.shards])
     for name in step.keys:
         state = State(plan.joined(number, name), paths, counts)
         if not state.done:
+            join.shuffle(name, state.folder, paths, counts, lambda kind, count, name=name: [*each((kind, number, name), list(range(count)))])
             block(name).join(keys.of(name), plan.options[name], state)
             state.commit()
         if (removed := state.get("removed")) is not None:
@@ -165,18 +193,18 @@ def run_shard(plan: Plan, number: int, shard: int) -> None:
     """One pass over one shard, in batches; leaves its files whole or not at all."""
     step, path, source = plan.steps[number], plan.path(number, shard), plan.shards[shard]
     earlier = [plan.path(n, shard) for n in range(number)] if number == len(plan.steps) - 1 else None
-    operations = list(_operations(plan, number, shard))
-    counts = {name: [0, 0, 0] for name, _ in operations}
-    kept, scores = 0, {}
+    operations, kept = list(_operations(plan, number, shard)), 0
     with Writer(path, earlier) as writer:
-        for batch, first in _batches(plan, number, shard):
-            for name, operate in operations:
-                batch, first = _through(batch, first, name, operate, counts[name], writer, source.split, scores)
+        for batch, places in _batches(plan, number, shard):
+            for operation in operations:
+                batch, places = _through(batch, places, operation, writer, source.split, plan.share)
             for name in step.keys:
                 writer.keys(name, block(name).keys(batch, plan.options[name]), kept)
             kept += len(batch)
             writer.keep(batch)
-    commit(path.with_suffix(".json"), {"documents": kept, "steps": counts, "thresholds": scores, **writer.counted()})
+    rows = [row for one in operations for row in thresholds.look(one.name, one.options, one.judge, one.sample)]
+    counts = {one.name: one.counts for one in operations}
+    commit(path.with_suffix(".json"), {"documents": kept, "steps": counts, "thresholds": rows, **writer.counted()})
 
 
 def _batches(plan: Plan, number: int, shard: int) -> Iterator[tuple[list[Document], np.ndarray]]:
@@ -202,48 +230,54 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _operations(plan: Plan, number: int, shard: int) -> Iterator[tuple[str, Callable[..., list[str]]]]:
-    """(block, function of documents and their places) in order; a function gives a reason or "" a document."""
+def _operations(plan: Plan, number: int, shard: int) -> Iterator[Operation]:
+    """What a pass does to a shard, in order."""
     step = plan.steps[number]
     if number == 0:
-        yield "read", lambda batch, _: [document.fault for document in batch]
+        yield Operation("read", lambda batch, *_: [document.fault for document in batch])
     for name in step.apply:
-        yield name, _applied(plan, number - 1, shard, name)
+        yield Operation(name, _applied(plan, number - 1, shard, name), plan.options[name])
     # What an earlier curation kept is as it should be.
     for name in step.run if plan.shards[shard].split != "existing" else []:
-        yield name, _alone(name, plan.options[name])
+        yield Operation(name, _alone(name), plan.options[name])
 
 
-def _applied(plan: Plan, number: int, shard: int, name: str) -> Callable[..., list[str]]:
+def _applied(plan: Plan, number: int, shard: int, name: str) -> thresholds.Judge:
     paths, counts = plan.left(number)
     state, offset = State(plan.joined(number, name), paths, counts), sum(counts[:shard])
-    return lambda batch, places: block(name).apply(batch, places + offset, plan.options[name], state)
+    return lambda batch, places, options: block(name).apply(batch, places + offset, options, state)
 
 
-def _alone(name: str, options: Any) -> Callable[..., list[str]]:
+def _alone(name: str) -> thresholds.Judge:
     module = block(name)
     if hasattr(module, "filter"):
-        return lambda batch, _: module.filter(batch, options)
-    return lambda batch, _: [module.clean(document, options) for document in batch]
+        return lambda batch, _, options: module.filter(batch, options)
+    return lambda batch, _, options: [module.clean(document, options) for document in batch]
 
 
-def _through(batch, places, name, operate, counts, writer, split, scores) -> tuple[list[Document], np.ndarray]:
+def _through(batch, places, operation, writer, split, share) -> tuple[list[Document], np.ndarray]:
     """What is left of a batch after one block; protected documents always stay."""
-    reasons = operate(batch, places) if batch else []
+    looked_at = split not in STAYS and thresholds.thresholds(operation.options)
+    chosen = [i for i, document in enumerate(batch) if thresholds.drawn(document, share)] if looked_at else []
+    texts, copies = [document.text for document in batch], [replace(batch[i]) for i in chosen]
+    name, reasons = operation.name, operation.judge(batch, places, operation.options) if batch else []
     if name == "read" and split in STAYS and (broken := next((one for one in batch if one.fault), None)):
         field = "benchmarks" if split == "benchmark" else split
         raise CuveeError(f"data.{field}: {broken.id} cannot be compared with ({broken.fault}); give text in one of the fields "
                          f"{', '.join(TEXT_FIELDS)}, or leave it out")
+    operation.sample += [thresholds.Seen(copy, places[i], reasons[i]) for i, copy in zip(chosen, copies, strict=True)]
     stays = [not reason or split in STAYS for reason in reasons]
-    for document, reason, stay in zip(batch, reasons, stays, strict=True):
+    for document, text, reason, stay in zip(batch, texts, reasons, stays, strict=True):
         if not stay:
             writer.remove(document, name, reason)
+        elif document.text != text and split not in STAYS:
+            operation.counts[2] += 1
+            writer.change(document, name, text)
     left = [document for document, stay in zip(batch, stays, strict=True) if stay]
     if split not in STAYS:
-        thresholds.see(scores, name, batch, reasons)
-        counts[0] += len(batch) - len(left)
-        counts[1] += len(left)
-        counts[2] += sum(size(document.text) for document in left)
+        operation.counts[0] += len(batch) - len(left)
+        operation.counts[1] += len(left)
+        operation.counts[3] += sum(size(document.text) for document in left)
     return left, places[np.array(stays, bool)]
 
 
@@ -254,13 +288,14 @@ def select(name: str, documents: list[Document], options: Any = None) -> list[st
     module = block(name)
     options = options if options is not None or not hasattr(module, "Config") else module.Config()
     if not joins(name):
-        return _alone(name, options)(documents, None)
+        return _alone(name)(documents, None, options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "keys")
         with Writer(path) as writer:
             writer.keys(name, module.keys(documents, options), 0)
             writer.keep(documents)
         state = State(Path(folder, "join"), [path], [len(documents)])
+        join.shuffle(name, state.folder, [path], [len(documents)])
         module.join(Keys([path], [len(documents)], [False]).of(name), options, state)
         state.commit()
         return module.apply(documents, np.arange(len(documents)), options, state)

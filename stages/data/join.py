@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,8 @@ class Keys:
         """Structured rows, at most ROWS at a time, `document` counted over the corpus, in its order."""
         offset = 0
         for path, count in zip(self.paths, self.counts, strict=True):
-            file = Path(f"{path}.{self.name}.keys")
-            if file.exists():
-                dtype = np.dtype([tuple(part) for part in json.loads(Path(f"{path}.{self.name}.dtype").read_text())])
-                for start in range(0, file.stat().st_size // dtype.itemsize, ROWS):
-                    part = np.fromfile(file, dtype, ROWS, offset=start * dtype.itemsize)
-                    part["document"] += offset
-                    yield part[self.alive[part["document"]]]
+            for part in _parts(path, self.name, offset):
+                yield part[self.alive[part["document"]]]
             offset += count
 
 
@@ -76,15 +72,17 @@ class State:
             raise KeyError(name)
         return found
 
+    def index(self, name: str) -> None:
+        """A table of the leading bits in an ordered array of uint64, which tells `find` most; made once, in the join."""
+        ordered, table = self[name], self.array(f"{name}.leading", bool, 1 << LEADING)
+        for start in range(0, len(ordered), ROWS):
+            table[ordered[start : start + ROWS] >> np.uint64(64 - LEADING)] = True
+
     def find(self, name: str, values: np.ndarray) -> np.ndarray:
-        """int64 [values]: where each stands in an ordered array of uint64, -1 for none. A table of leading bits tells most."""
-        ordered, key = self[name], f"{name} by leading bits"
-        if key not in self.arrays:
-            self.arrays[key] = np.zeros(1 << LEADING, bool)
-            for start in range(0, len(ordered), ROWS):
-                self.arrays[key][ordered[start : start + ROWS] >> np.uint64(64 - LEADING)] = True
+        """int64 [values]: where each stands in an ordered array of uint64 that has an index, -1 for none."""
+        ordered = self[name]
         found = np.full(len(values), -1)
-        maybe = np.flatnonzero(self.arrays[key][values >> np.uint64(64 - LEADING)])
+        maybe = np.flatnonzero(self[f"{name}.leading"][values >> np.uint64(64 - LEADING)])
         if len(maybe):
             place = np.minimum(np.searchsorted(ordered, values[maybe]), len(ordered) - 1)
             found[maybe] = np.where(ordered[place] == values[maybe], place, -1)
@@ -113,28 +111,113 @@ class State:
 def in_order(keys: Keys, scratch: Path) -> Iterator[np.ndarray]:
     """All rows by `hash`, then `document`, in parts; equal hashes never lie in two parts.
 
-    More than ROWS are first dealt out to files by their leading bits.
+    More than ROWS have been brought in order before, by `shuffle`; they are read once.
     """
-    total = sum(len(part) for part in keys.parts())
-    count = -(-total // ROWS)
-    if count <= 1:
-        parts = list(keys.parts())
-        yield _sorted(np.concatenate(parts)) if parts else np.empty(0, [("document", np.int64), ("hash", np.uint64)])
+    parts = sorted(scratch.glob("sorted-*.npy"))
+    if not parts:
+        found = list(keys.parts())
+        yield _sorted(np.concatenate(found)) if found else np.empty(0, [("document", np.int64), ("hash", np.uint64)])
+    for path in parts:
+        rows = np.load(path)
+        yield rows[keys.alive[rows["document"]]]
+        path.unlink()
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """The rows of a block that are more than ROWS, brought in order by tasks: a `deal` parts those of some shards by the
+    leading bits of their hashes, a `sort` orders one part of all deals. A task that was done before does nothing.
+
+    folder: of the join. parts: how many. dealt: for each deal, (path, first document) of its shards.
+    """
+
+    name: str
+    folder: Path
+    parts: int
+    dealt: list[list[tuple[Path, int]]]
+
+    def deal(self, number: int) -> None:
+        done, ends, shards = self.folder / f"dealt-{number}.npy", [], self.dealt[number]
+        if done.exists():
+            return
+        found = (part for path, first in shards for part in _parts(path, self.name, first))
+        start = 0
+        with open(self.folder / f"rows-{number}", "wb") as file:
+            for rows in found if len(shards) == 1 else [np.concatenate(list(found))]:
+                part = ((rows["hash"] >> np.uint64(32)) * np.uint64(self.parts) >> np.uint64(32)).astype(np.int64)
+                file.write(rows[np.argsort(part, kind="stable")].tobytes())
+                ends.append(start + np.cumsum(np.bincount(part, minlength=self.parts)))
+                start += len(rows)
+        _save(done, np.concatenate([[0], *ends]))
+
+    def sort(self, part: int) -> None:
+        done, found = self.folder / f"sorted-{part:05d}.npy", []
+        if done.exists():
+            return
+        for number, shards in enumerate(self.dealt):
+            dtype, ends = _dtype(shards[0][0], self.name), np.load(self.folder / f"dealt-{number}.npy")
+            for at in range(part, len(ends) - 1, self.parts):
+                start, count = int(ends[at]), int(ends[at + 1] - ends[at])
+                found.append(np.fromfile(self.folder / f"rows-{number}", dtype, count, offset=start * dtype.itemsize))
+        _save(done, _sorted(np.concatenate(found)))
+
+
+def shuffle(name: str, folder: Path, paths: list[Path], counts: list[int], each: Callable[[str, int], None] | None = None) -> None:
+    """Bring the rows of a block in order for `in_order`, where they are more than ROWS. paths, counts: files and documents of
+    the shards. each: does the tasks 0, 1, ... of a kind ("deal", "sort") of the shuffle in `folder`; here, if None.
+    """
+    rows = [_count(path, name) for path in paths]
+    if sum(rows) <= ROWS:
         return
-    paths = [scratch / f"part-{i}" for i in range(count)]
-    for path in paths:
-        path.unlink(missing_ok=True)
-    for part in keys.parts():
-        dtype, bucket = part.dtype, ((part["hash"] >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
-        order = np.argsort(bucket, kind="stable")
-        bounds = np.searchsorted(bucket[order], np.arange(count + 1))
-        for i in np.flatnonzero(np.diff(bounds)):
-            with open(paths[i], "ab") as file:
-                file.write(part[order[bounds[i] : bounds[i + 1]]].tobytes())
-    for path in paths:
-        if path.exists():
-            yield _sorted(np.fromfile(path, dtype))
-            os.unlink(path)
+    groups: list[list[tuple[Path, int]]] = [[]]
+    room = ROWS
+    for path, count, first in zip(paths, rows, np.cumsum([0, *counts]).tolist(), strict=False):
+        if count > room and groups[-1]:
+            groups.append([])
+            room = ROWS
+        groups[-1] += [(path, first)] if count else []
+        room -= count
+    made = Shuffle(name, folder, -(-sum(rows) // ROWS), [group for group in groups if group])
+    (folder / "shuffle").write_bytes(pickle.dumps(made))
+    for kind, count in (("deal", len(made.dealt)), ("sort", made.parts)):
+        if each:
+            each(kind, count)
+        else:
+            for number in range(count):
+                task(folder, kind, number)
+    for number in range(len(made.dealt)):
+        (folder / f"rows-{number}").unlink(missing_ok=True)
+
+
+def task(folder: Path, kind: str, number: int) -> None:
+    """One task of the shuffle in `folder`."""
+    getattr(pickle.loads((folder / "shuffle").read_bytes()), kind)(number)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.save(file, array)
+    part.replace(path)
+
+
+def _dtype(path: Path, name: str) -> np.dtype:
+    return np.dtype([tuple(part) for part in json.loads(Path(f"{path}.{name}.dtype").read_text())])
+
+
+def _count(path: Path, name: str) -> int:
+    file = Path(f"{path}.{name}.keys")
+    return file.stat().st_size // _dtype(path, name).itemsize if file.exists() else 0
+
+
+def _parts(path: Path, name: str, offset: int) -> Iterator[np.ndarray]:
+    """A shard's rows, at most ROWS at a time, `document` counted over the corpus."""
+    count = _count(path, name)
+    for start in range(0, count, ROWS):
+        dtype = _dtype(path, name)
+        part = np.fromfile(f"{path}.{name}.keys", dtype, ROWS, offset=start * dtype.itemsize)
+        part["document"] += offset
+        yield part
 
 
 def _sorted(rows: np.ndarray) -> np.ndarray:

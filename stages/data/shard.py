@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from stages.data.document import FIELDS, Document, size
 
 COLUMNS = ["id", "text", "domain", "language", "source", "url"]  # of the corpus
 REMOVED = [*COLUMNS, "block", "reason"]
-EXAMPLES = 3  # removed documents shown in the table, a block and shard
+EXAMPLES = 3  # removed documents shown in the table, and changed ones, a block
 Row = dict[str, Any]
 
 
@@ -54,6 +55,7 @@ class Writer:
         self.path, self.last, self.earlier = path, earlier is not None, earlier or []
         self.tables: dict[tuple, list[int]] = {}
         self.examples: dict[str, list[Row]] = {}
+        self.changed: dict[str, list[Row]] = {}
         self.removed: list[Row] = []
         self.files: dict[str, Any] = {}
         self.end = 0
@@ -82,6 +84,14 @@ class Writer:
         if len(self.removed) >= 1024:
             self._flush_removed()
 
+    def change(self, document: Document, block: str, before: str) -> None:
+        """A document that a block changed: one of the first is shown where it did."""
+        if len(found := self.changed.setdefault(block, [])) < EXAMPLES:
+            after, step = document.text, 4096
+            at = next((i for i in range(0, len(before), step) if before[i : i + step] != after[i : i + step]), len(before))
+            at = max(at + len(os.path.commonprefix([before[at : at + step], after[at : at + step]])) - 40, 0)
+            found.append({"id": document.id, "before": before[at : at + 160], "after": after[at : at + 160]})
+
     def keep(self, documents: list[Document]) -> None:
         """What stays of a batch: for the next pass, or the corpus by split."""
         if not self.last:
@@ -106,7 +116,7 @@ class Writer:
         self.files[name].write(rows.tobytes())
 
     def counted(self) -> dict[str, Any]:
-        return {"rows": [[*key, *value] for key, value in self.tables.items()], "examples": self.examples}
+        return {"rows": [[*key, *value] for key, value in self.tables.items()], "examples": self.examples, "changed": self.changed}
 
     def _identify(self, documents: list[Document]) -> None:
         """Identifiers one after the other, and where each ends: a document's is found without reading the others."""

@@ -51,12 +51,11 @@ class Source:
         groups: list[list[Entry]] = [[]]
         room = SHARD
         for piece in (piece for entry in self.entries for piece in _pieces(entry)):
-            length = (piece.stop or piece.size) - piece.start
-            if groups[-1] and length > room:
+            if groups[-1] and piece.length > room:
                 groups.append([])
                 room = SHARD
             groups[-1].append(piece)
-            room -= length
+            room -= piece.length
         return [Shard(self.label, name, group, split) for group in groups if group]
 
 
@@ -94,21 +93,21 @@ def writable(text: str) -> str:
 
 def _pieces(entry: Entry) -> Iterator[Entry]:
     """A file of plain JSON lines in parts of SHARD bytes, any other whole."""
-    if entry.size <= SHARD or entry.compressed or entry.kind not in (".jsonl", ".ndjson") or type(entry) is not Entry:
+    if entry.size <= SHARD or entry.compressed or entry.kind not in (".jsonl", ".ndjson") or not entry.PARTS:
         yield entry
         return
     for start in range(0, entry.size, SHARD):
         yield replace(entry, start=start, stop=min(start + SHARD, entry.size))
 
 
-def find(chosen: list[str], seed: int, max_bytes: int, max_documents: int) -> list[Source]:
-    """The sources, sampled and limited. Raises ConfigError for a missing one, CuveeError for an empty one."""
+def find(chosen: list[str], seed: int = 0, max_bytes: int = 0, max_documents: int = 0, field: str = "data.sources") -> list[Source]:
+    """The sources that a field names, sampled and limited. Raises ConfigError for a missing one, CuveeError for an empty one."""
     found: list[Source] = []
     for source in chosen:
-        module, label = _module(source)
+        module, label = _module(source, field)
         entries = module.entries(source)
         if not any(entry.size for entry in entries):
-            raise CuveeError(f"data.sources: {source!r} holds no file with content; give a folder with documents")
+            raise CuveeError(f"{field}: {source!r} holds no file with content; give a folder with documents")
         taken = _sample(entries, seed, max_bytes, max_documents)
         if not taken:
             smallest = min(entry.size for entry in entries)
@@ -120,7 +119,7 @@ def find(chosen: list[str], seed: int, max_bytes: int, max_documents: int) -> li
     return found
 
 
-def _module(source: str) -> tuple[ModuleType, str]:
+def _module(source: str, field: str) -> tuple[ModuleType, str]:
     """How to read a source, and the name it has in the corpus."""
     if source in names("data/sources"):
         return resolve("data/sources", source), source
@@ -133,7 +132,7 @@ def _module(source: str) -> tuple[ModuleType, str]:
         raise unreadable(path, error) from None
     if not exists:
         known = unknown(source, names("data/sources"))
-        raise ConfigError(f"data.sources: {known}, an existing file or folder, or an s3:// or hf:// prefix")
+        raise ConfigError(f"{field}: {known}, an existing file or folder, or an s3:// or hf:// prefix")
     kind = "_git" if is_repository(path) else "_files"
     return import_module(f"stages.data.sources.{kind}"), path.resolve().name or "root"
 

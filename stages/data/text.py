@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import lru_cache
 
 import numpy as np
 
@@ -22,7 +21,6 @@ def units(text: str) -> list[str]:
     return UNIT.findall(text)
 
 
-@lru_cache(2048)  # blocks that compare documents ask for the same batch, one after the other
 def normalised(text: str) -> str:
     """The text with case, compatibility forms and white space evened out: equal for equal documents."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower().split())

@@ -31,6 +31,7 @@ class Config:
     template: str = option("command_a", "chat template: a .jinja file of stages/chat")
     sample_bytes: int = option(10_000_000_000, "text to train on, in bytes; the whole corpus where it is smaller")
     balance: float = option(0.5, "a domain and language gets a share ~ bytes to this power; 1 = as in the corpus")
+    languages: dict[str, float] = option({}, "language: factor of its share, e.g. {th: 4}, for languages to be added to a corpus' own")
     min_frequency: int = option(2, "fewest occurrences of a pair that becomes a token")
     seed: int = option(0, "decides which documents are in the sample")
 
@@ -67,7 +68,9 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     sizes: dict[Group, int] = {}
     for group, text in texts():
         sizes[group] = sizes.get(group, 0) + size(text)
-    taken = fractions(sizes, config.sample_bytes, config.balance)
+    if missing := [one for one in config.languages if one not in {language for _, language in sizes}]:
+        raise ConfigError(f"data.tokenizer.languages: {unknown(missing[0], sorted({language for _, language in sizes if language}))}")
+    taken = fractions(sizes, config.sample_bytes, config.balance, config.languages)
     ctx.log(f"training on {sum(taken[group] * sizes[group] for group in sizes) / 1e6:.2f} of {sum(sizes.values()) / 1e6:.2f} MB")
     tokenizer = train(sample(texts(), taken, config.seed), config.vocab_size, config.min_frequency, own)
     save(tokenizer, config.template, out)
@@ -89,17 +92,19 @@ def _texts(source: Artifact, prompts: dict[str, Artifact]) -> Iterator[tuple[Gro
             yield ("instructions", name), "\n".join([*map(said, prompt["messages"]), prompt["answer"]])
 
 
-def fractions(sizes: dict[Group, int], budget: int, power: float) -> dict[Group, float]:
-    """The share of each group's bytes that is taken: ~ bytes^power within the budget, or all of it where that is less.
+def fractions(sizes: dict[Group, int], budget: int, power: float, languages: dict[str, float]) -> dict[Group, float]:
+    """The share of each group's bytes that is taken: ~ bytes^power, times the factor of its language, within the budget, or all
+    of it where that is less.
 
     What small groups leave over goes to the larger ones, in the same proportion.
     """
-    sizes = {group: count for group, count in sizes.items() if count}
+    weights = {group: count**power * languages.get(group[1], 1.0) for group, count in sizes.items() if count}
+    weights = {group: weight for group, weight in weights.items() if weight}
     left, found = budget, {}
-    waiting = sorted(sizes, key=lambda group: (sizes[group] ** (1 - power), group))  # first those that take the least
+    waiting = sorted(weights, key=lambda group: (sizes[group] / weights[group], group))  # first those that are taken whole
     for i, group in enumerate(waiting):
-        total = sum(sizes[other] ** power for other in waiting[i:])
-        share = min(sizes[group], left * sizes[group] ** power / total)
+        total = sum(weights[other] for other in waiting[i:])
+        share = min(sizes[group], left * weights[group] / total)
         found[group] = share / sizes[group]
         left -= share
     return found

@@ -14,7 +14,7 @@ from stages.data.engine import executor
 from stages.data.shard import commit
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, placement
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "corpus": Input(Kind.CORPUS),
     "tokenizer": Input(Kind.TOKENIZER),
@@ -43,7 +43,8 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
-    """Writes `<split>-<domain>.bin/.idx`, tokens.json and the tokenizer's files under tokenizer/."""
+    """Writes `<split>-<domain>.bin/.idx`, tokens.json (documents and tokens by split and domain; by source of the training
+    split, with the epochs that the mixture makes of each) and the tokenizer's files under tokenizer/."""
     from stages.data import indexed
 
     source: Artifact = inputs["corpus"]
@@ -61,21 +62,30 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
             if len(todo) > 20 and done % (len(todo) // 10) == 0:
                 ctx.log(f"{done} of {len(todo)} files")
     splits: dict[str, dict[str, dict[str, int]]] = {}
+    sources: dict[str, dict[str, float]] = {}
     for split in SPLITS:
         found: dict[str, list[Path]] = {}
         for file in files:
             if file.stem.startswith(f"{split}-"):
-                for domain in json.loads((parts / f"{file.stem}.json").read_text()):
+                told = json.loads((parts / f"{file.stem}.json").read_text())
+                for domain in told["domains"]:
                     found.setdefault(domain, []).append(parts / f"{file.stem}-{domain}")
+                for name, counts in told["sources"].items() if split == "train" else []:
+                    one = sources.setdefault(name, dict.fromkeys(counts, 0))
+                    sources[name] = {field: one[field] + count for field, count in counts.items()}
         counts = {domain: indexed.merge(out / f"{split}-{domain}", found[domain]) for domain in sorted(found)}
         if split == "train" and (prompts := inputs.get("prompts")) and config.prompts_repeat:
             rendered = _rendered(folder, prompts, config)
             counts[INSTRUCTIONS] = indexed.write(out / f"{split}-{INSTRUCTIONS}", rendered, vocab_size)
         splits[split] = {domain: {"documents": n, "tokens": total} for domain, (n, total) in counts.items()}
         ctx.log(f"{split}: " + ", ".join(f"{domain} {n['tokens']:,} tokens" for domain, n in splits[split].items()))
-    table = {"vocab_size": vocab_size, "splits": splits}
+    for name, one in sources.items():
+        one["epochs"] = round(one["tokens"] / max(one.pop("different_tokens"), 1), 3)
+        ctx.log(f"{name}: {one['tokens']:,} tokens, {one['epochs']:g} epochs")
+    table = {"vocab_size": vocab_size, "splits": splits, "sources": sources}
     (out / "tokens.json").write_text(json.dumps(table, indent=1) + "\n")
-    return {f"tokens_{split}": sum(n["tokens"] for n in found.values()) for split, found in splits.items()}
+    return {f"tokens_{split}": sum(n["tokens"] for n in found.values()) for split, found in splits.items()} | {
+        f"{field}/{name}": one[field] for name, one in sources.items() for field in ("tokens", "epochs")}  # fmt: skip
 
 
 def _vocab_size(folder: Path, multiple: int) -> int:
@@ -85,30 +95,36 @@ def _vocab_size(folder: Path, multiple: int) -> int:
 
 
 def _encode_file(files: list[Path], tokenizer_file: Path, vocab_size: int, parts: Path, _: int, number: int) -> None:
-    """Tokens of one file of the corpus, by domain; its JSON, the domains, says that all are whole."""
+    """Tokens of one file of the corpus, by domain; its JSON (the domains, and counts by source) says that all are whole."""
     from stages.data.indexed import Writer
 
     file, encoder = files[number], Encoder(tokenizer_file)
     writers: dict[str, Writer] = {}
-    for texts in _batches(file):
-        for domain, found in texts.items():
+    sources: dict[str, dict[str, int]] = {}
+    before: dict[str, str] = {}
+    for rows in _batches(file):
+        for domain, found in rows.items():
             if domain not in writers:
                 writers[domain] = Writer(parts / f"{file.stem}-{domain}", vocab_size)
-            for ids in encoder(found):
+            for row, ids in zip(found, encoder([row["text"] for row in found]), strict=True):
                 writers[domain].add(ids)
+                one = sources.setdefault(row["source"], {"documents": 0, "tokens": 0, "different_tokens": 0})
+                again, before[domain] = row["id"] == before.get(domain), row["id"]  # copies follow one another
+                for field, count in (("documents", 1), ("tokens", len(ids)), ("different_tokens", 0 if again else len(ids))):
+                    one[field] += count
     for writer in writers.values():
         writer.close()
-    commit(parts / f"{file.stem}.json", sorted(writers))
+    commit(parts / f"{file.stem}.json", {"domains": sorted(writers), "sources": sources})
 
 
-def _batches(file: Path) -> Iterator[dict[str, list[str]]]:
-    """Texts of about BATCH documents by domain, in order."""
+def _batches(file: Path) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """BATCH documents after the other by domain, in order."""
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH, columns=["text", "domain"]):
-        found: dict[str, list[str]] = {}
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH, columns=["id", "text", "domain", "source"]):
+        found: dict[str, list[dict[str, str]]] = {}
         for row in batch.to_pylist():
-            found.setdefault(row["domain"], []).append(row["text"])
+            found.setdefault(row["domain"], []).append(row)
         yield found
 
 

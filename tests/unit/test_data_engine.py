@@ -8,14 +8,15 @@ import random
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stages.data import corpus, curate, engine, join, source
+from stages.data import corpus, curate, engine, join, source, thresholds
 from stages.data.document import Document
-from stages.stage import Context, parse
+from stages.stage import Context, CuveeError, names, parse
 
 WORDS = ("river mountain harbour window table letter garden winter summer evening morning question answer story music "
          "bridge village market teacher student doctor kitchen journey island forest paper silver copper stone").split()
@@ -31,6 +32,7 @@ def prose(seed: int, words: int = 120) -> str:
 def docs(tmp_path, monkeypatch):
     """About 1 MB in several files, with duplicates across them, cut into shards of 60 KB."""
     monkeypatch.setattr(source, "SHARD", 60_000)
+    monkeypatch.setattr(thresholds, "LEAST", 50_000)
     docs = tmp_path / "docs"
     docs.mkdir()
     for part in range(4):
@@ -47,8 +49,62 @@ def run(tmp_path, docs, name, **values):
     scratch.mkdir(exist_ok=True)
     out.mkdir()
     config = parse(curate.Config, {"sources": [str(docs)], "options": {"split": {"heldout": 0.05}}, **values}, "data")
+    curate.external(config)
     metrics = curate.run(config, {}, out, Context(scratch))
     return {path.name: path.read_bytes() for path in out.iterdir()}, metrics
+
+
+@pytest.fixture
+def everything(docs, tmp_path):
+    """A configuration of all blocks, and sources in which each of them finds something to do."""
+    lake = tmp_path / "lake"
+    passage = prose(77, 500)
+    rows = [{"text": prose(5000 + i, 140) + (passage if i in (3, 40, 80) else "") + "Menu and footer of a well known site.\n",
+             "url": f"http://{'bad' if i % 30 == 7 else 'good'}.org/{i % 95}"} for i in range(100)]  # fmt: skip
+    rng = random.Random(1)
+    rows += [{"text": "The " + " ".join(rng.choice(f"the of {words}".split()) for _ in range(150)) + f" {i}.", "url": f"http://w.org/{words[:3]}{i}"}
+             for words in ("lol omg selfie party vibes", "stab punch weapon blood beat") for i in range(20)]  # fmt: skip
+    (lake / "pages").mkdir(parents=True)
+    (lake / "crawl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(12):
+        (lake / "pages" / f"{i}.html").write_text(f"<html><body><nav>Home</nav><article><p>{prose(6000 + i)}</p></article></body></html>")
+        (lake / "tool" / f"p{i}").mkdir(parents=True)
+        (lake / "tool" / f"p{i}" / "a.py").write_text("# Copyright A\nimport b\n\ndef twice(n: int) -> int:\n    return 2 * n\n" + f"# note {i}\n" * 20)
+        (lake / "tool" / f"p{i}" / "b.py").write_text("".join(f"def f{i}_{j}(value):\n    return value + {j}\n" for j in range(9)))
+    for name, text in {"good": prose, "blood": lambda i: " ".join(rng.choice("the of stab punch weapon blood beat".split()) for _ in range(90))}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text(8000 + i)}) + "\n" for i in range(60)))
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "suite.jsonl").write_text(json.dumps({"text": " ".join(prose(5011, 140).split()[20:70])}))
+    (tmp_path / "list.txt").write_text("0.0.0.0 bad.org\n")
+    options = {"domains": {"lists": [str(tmp_path / "list.txt")]}, "c4": {"min_sentences": 1}, "lines": {"min_documents": 50}, "split": {"heldout": 0.05},
+               "classifier": {"good": [str(tmp_path / "good.jsonl")], "sample": 0.5, "min_score": 0.05},
+               "safety": {"seeds": {"violence": [str(tmp_path / "blood.jsonl")]}, "sample": 0.5, "max_score": 0.3},
+               "mix": {"weights": {"docs": 1, "lake": 2}, "max_epochs": 2.0}, "imports": {"depth": 2}}  # fmt: skip
+    blocks = ["domains", "url", "encoding", "html", "language", "licence", "gopher", "repetition", "c4", "fineweb", "quality", "pii", "exact",
+              "minhash", "lines", "substring", "execute", "imports", "safety", "classifier", "split", "decontaminate", "mix"]  # fmt: skip
+    return {"sources": [str(docs), str(lake)], "benchmarks": [str(tmp_path / "bench")], "blocks": blocks, "options": options}
+
+
+def test_bytes_of_every_block_do_not_depend_on_the_workers(everything, docs, tmp_path):
+    assert set(everything["blocks"]) == set(names("data/blocks"))
+    curate.check(parse(curate.Config, everything, "data"), {})
+    expected, _ = run(tmp_path, docs, "one", **everything, workers=1)
+    table = json.loads(expected["table.json"])
+    did = {one["block"]: one["removed"] + one["changed"] for one in table["blocks"]}
+    assert [name for name in names("data/blocks") if engine.joins(name) and not did[name]] == ["split"]
+    assert sum(name.startswith("train-") for name in expected) >= 8 and len(table["thresholds"]) > 20
+    for elsewhere in ({"workers": 2}, {"workers": 8}, *[{"workers": 2, "executor": "ray"}] * bool(find_spec("ray"))):
+        assert run(tmp_path, docs, str(elsewhere), **everything, **elsewhere)[0] == expected, elsewhere
+
+
+def test_joins_that_do_not_fit_are_brought_in_order_by_the_workers(docs, tmp_path, monkeypatch):
+    values = {"blocks": ["exact", "minhash", "lines", "substring", "split", "decontaminate"], "options": {"lines": {"min_documents": 3}}}
+    expected, _ = run(tmp_path, docs, "fits", **values)
+    monkeypatch.setattr(join, "ROWS", 700)
+    sorts, sort = [], join.Shuffle.sort
+    monkeypatch.setattr(join.Shuffle, "sort", lambda self, part: sorts.append(self.name) or sort(self, part))
+    assert run(tmp_path, docs, "here", workers=1, **values)[0] == expected and {"minhash", "substring"} <= set(sorts)
+    assert run(tmp_path, docs, "workers", workers=3, **values)[0] == expected
 
 
 def test_bytes_do_not_depend_on_the_workers(docs, tmp_path, monkeypatch):
@@ -62,14 +118,11 @@ def test_bytes_do_not_depend_on_the_workers(docs, tmp_path, monkeypatch):
         assert run(tmp_path, docs, f"w{workers}", workers=workers)[0] == one
 
 
-def test_ray_gives_the_same_bytes(docs, tmp_path):
-    ray = pytest.importorskip("ray")
-    expected, _ = run(tmp_path, docs, "here", workers=1)
-    try:
-        found, _ = run(tmp_path, docs, "ray", executor="ray", workers=2)
-    finally:
-        ray.shutdown()
-    assert found == expected
+def test_what_a_task_of_ray_refuses_is_one_sentence(docs, tmp_path):
+    pytest.importorskip("ray")
+    with pytest.raises(CuveeError, match="^data.benchmarks: part1.jsonl/part1.jsonl#byte.* cannot be compared with") as error:
+        run(tmp_path, docs, "ray", executor="ray", workers=2, sources=[str(docs / "part0.jsonl")], benchmarks=[str(docs / "part1.jsonl")])
+    assert "\n" not in str(error.value)
 
 
 def test_no_number_of_workers_is_all_of_a_cluster(tmp_path):
@@ -163,6 +216,8 @@ def test_equal_and_components_against_a_plain_loop(tmp_path, monkeypatch, rows):
             a, b = root(first.setdefault(hash, document)), root(document)
             parent[max(a, b)] = min(a, b)
     found = np.arange(500)
+    join.shuffle("b", tmp_path, paths, counts)
+    assert bool(list(tmp_path.glob("sorted-*"))) == (rows == 97)
     for later, earliest in join.equal(keys, tmp_path):
         join.connect(found, later, earliest)
     assert join.roots(found, np.arange(500)).tolist() == [root(i) for i in range(500)]

@@ -54,7 +54,7 @@ def test_ten_percent_broken_in_ten_ways(tmp_path, monkeypatch):
         "lone surrogate in the text": [b'{"text": "half an emoji \\ud83d here"}'] * 10,
     }
     lines = good + [one for found in ways.values() for one in found]
-    lines += [json.dumps({"text": prose(7000 + i, 150), "url": "http://crawl/1"}).encode() for i in range(10)]  # found twice
+    lines += [json.dumps({"text": prose(7000 + i, 150), "id": i // 2}).encode() for i in range(20)]
     random.Random(0).shuffle(lines)
     (docs / "crawl.jsonl").write_bytes(b"\n".join(lines))
     for i in range(10):
@@ -62,13 +62,13 @@ def test_ten_percent_broken_in_ten_ways(tmp_path, monkeypatch):
         (docs / f"bomb{i}.html").write_text("<div>" * 100_000 + prose(8000 + i))
     blocks = ["url", "encoding", "html", "quality", "exact", "split"]
     kept, removed, table = run(tmp_path, docs, blocks=blocks, options={"split": {"heldout": 0.01}})
-    assert len(kept) == 901  # every good one, the first of those with one address, and what the cut files still gave
+    assert len(kept) == 911  # every good one, the first of those with one identifier, and what the cut files still gave
     reasons = [(row["block"], row["reason"].partition(":")[0]) for row in removed.values()]
     for way in ways:
         assert reasons.count(("read", way)) == 10, way
     assert reasons.count(("read", "damaged gz file")) == 10
     assert reasons.count(("html", "page nested too deep")) == 10
-    assert reasons.count(("url", "same url")) == 10
+    assert reasons.count(("url", "same id")) == 10
     assert sum(row["documents"] for row in table["rows"]) == len(kept) + len(removed)
 
 
@@ -93,6 +93,14 @@ def test_a_long_line_costs_no_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [document.fault for document in found] == [f"line too long: {200 << 20} bytes"] and peak < 4 * jsonl.LONGEST
+
+
+def test_a_line_as_long_as_may_be_swallows_no_other(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": "x" * count}) + "\n" for count in (30, 29, 31, 5)]
+    monkeypatch.setattr(jsonl, "LONGEST", len(lines[0]))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    assert [(len(document.text), document.fault) for document in read(tmp_path)][:2] == [(30, ""), (29, "")]
+    assert [document.fault for document in read(tmp_path)][2:] == [f"line too long: {len(lines[2])} bytes", ""]
 
 
 def test_a_cut_file_reads_as_the_whole(tmp_path):
@@ -248,13 +256,16 @@ def test_mail(tmp_path):
 
 def test_records_carry_their_address(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "url": "http://a"}\n{"text": "y", "id": 7}\n{"text": "z", "id": "http://b"}\n')
-    assert [document.url for document in read(tmp_path)] == ["http://a", "", "http://b"]
+    assert [document.url for document in read(tmp_path)] == ["http://a", "7", "http://b"]
 
 
 def test_url_duplicates():
     urls = ["https://www.a.org/x/", "http://a.org/x#part", "http://a.org/x?utm_source=y", "http://a.org/y", "", "", "7", "7"]
     documents = [Document(str(i), f"text {i}", url=url) for i, url in enumerate(urls)]
     assert select("url", documents) == ["", "same url: 0", "same url: 0", *[""] * 5]
+    named = [("a.jsonl#1", "7"), ("a.jsonl#2", "7"), ("b.jsonl#1", "7"), ("m.mbox#1", "<1@b>"), ("n.mbox#9", "<1@b>"), ("x", "HTTP://A.org/X"), ("y", "http://a.org/x")]
+    documents = [Document(name, f"text {i}", url=url) for i, (name, url) in enumerate(named)]
+    assert select("url", documents) == ["", "same id: a.jsonl#1", "", "", "same id: m.mbox#1", "", ""]
 
 
 def test_every_format_claims_extensions():

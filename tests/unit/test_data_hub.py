@@ -7,8 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
@@ -18,53 +16,40 @@ from stages.data import source
 from stages.data.sources import _hf
 from stages.stage import ConfigError, CuveeError
 
+from stub_server import serving  # isort: skip
 from test_data_curate import prose  # isort: skip
 
 COMMIT = "c0ffee" + "0" * 34
 
 
-class Hub(BaseHTTPRequestHandler):
+FILES: dict[str, bytes] = {}
+
+
+def answer(asked):
     """The tree, the revision and the bytes (with ranges) of datasets/lake/texts."""
-
-    files: dict[str, bytes] = {}
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        if match := re.fullmatch(r"/api/datasets/lake/texts(/revision/[\w]+)?(\?.*)?", self.path):
-            return self._json({"id": "lake/texts", "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0})
-        if match := re.fullmatch(rf"/api/datasets/lake/texts/tree/{COMMIT}(/[^?]*)?(\?.*)?", self.path):
-            folder = unquote(match[1] or "").strip("/")
-            found = [self._info(name) for name in sorted(self.files) if not folder or name.startswith(folder + "/")]
-            return self._json(found) if found else self._json({"error": "no"}, 404, {"X-Error-Code": "EntryNotFound"})
-        if match := re.fullmatch(rf"/datasets/lake/texts/resolve/{COMMIT}/([^?]*)", self.path):
-            return self._bytes(self.files[match[1]])
-        return self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-
-    def do_POST(self):
-        wanted = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-        self._json([self._info(name) for name in self.files if name in wanted])
-
-    def _info(self, name):
-        return {"type": "file", "path": name, "size": len(self.files[name]), "oid": f"{hash(self.files[name]) & 0xFFFFFFFF:040x}"}
-
-    def _json(self, value, status=200, headers={}):  # noqa: B006
-        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **headers})
-
-    def _bytes(self, data):
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+    if asked.method == "POST":
+        return _json([_info(name) for name in FILES if name in parse_qs(asked.body.decode())["paths"]])
+    if re.fullmatch(r"/api/datasets/lake/texts(/revision/[\w]+)?(\?.*)?", asked.path):
+        return _json({"id": "lake/texts", "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0})
+    if match := re.fullmatch(rf"/api/datasets/lake/texts/tree/{COMMIT}(/[^?]*)?(\?.*)?", asked.path):
+        folder = unquote(match[1] or "").strip("/")
+        found = [_info(name) for name in sorted(FILES) if not folder or name.startswith(folder + "/")]
+        return _json(found) if found else _json({"error": "no"}, 404, {"X-Error-Code": "EntryNotFound"})
+    if match := re.fullmatch(rf"/datasets/lake/texts/resolve/{COMMIT}/([^?]*)", asked.path):
+        data = FILES[match[1]]
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", asked.headers.get("Range", "")):
             begin, end = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
-            return self._send(206, data[begin:end], {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"})
-        return self._send(200, data, {})
+            return 206, data[begin:end], {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}
+        return 200, data, {}
+    return _json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
 
-    def _send(self, status, data, headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
 
-    def log_message(self, *_):
-        pass
+def _info(name):
+    return {"type": "file", "path": name, "size": len(FILES[name]), "oid": f"{hash(FILES[name]) & 0xFFFFFFFF:040x}"}
+
+
+def _json(value, status=200, headers={}):  # noqa: B006
+    return status, value, {"Content-Type": "application/json", **headers}
 
 
 @pytest.fixture
@@ -76,15 +61,12 @@ def hub(monkeypatch):
     table = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": [prose(i) for i in range(20, 30)]}), table)
     lines = "".join(json.dumps({"text": prose(i)}) + "\n" for i in range(10))
-    Hub.files = {"data/a.jsonl": lines.encode(), "data/deep/b.parquet": table.getvalue(), "README.md": prose(99).encode(), ".gitattributes": b"x"}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    yield address
-    server.shutdown()
-    server.server_close()
+    FILES.clear()
+    FILES.update({"data/a.jsonl": lines.encode(), "data/deep/b.parquet": table.getvalue(), "README.md": prose(99).encode(), ".gitattributes": b"x"})
+    with serving(answer) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        yield address
 
 
 def test_a_dataset_is_read_as_a_stream(hub, monkeypatch):
@@ -98,7 +80,7 @@ def test_a_dataset_is_read_as_a_stream(hub, monkeypatch):
     (one,) = source.find(["hf://datasets/lake/texts/data/a.jsonl"], 0, 0, 0)
     assert [entry.name for entry in one.entries] == ["a.jsonl"]
     before = found.identity()
-    Hub.files["data/a.jsonl"] += b"{}\n"
+    FILES["data/a.jsonl"] += b"{}\n"
     assert source.find(["hf://datasets/lake/texts"], 0, 0, 0)[0].identity() != before
 
 

@@ -1,21 +1,20 @@
-"""Blocks that learn from examples: labels of a judge behind an endpoint, safety seeds; and what their thresholds do."""
+"""Blocks that learn from examples: labels of a judge behind an endpoint, safety seeds."""
 
 from __future__ import annotations
 
 import json
 import random
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet
 import pytest
 
-from stages.data import corpus, curate, judge, thresholds
+from stages.data import corpus, curate, judge
 from stages.data.blocks import classifier, safety
 from stages.data.document import Document
 from stages.data.engine import select
-from stages.data.thresholds import Scored
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Kind, parse
+
+from stub_server import serving  # isort: skip
 
 WORDS = {"science": "theorem proof energy molecule equation experiment theory", "chat": "lol omg cool selfie party shopping vibes",
          "violence": "stab punch kill weapon blood attack beat", "sexual": "naked lust erotic moan nude strip porn",
@@ -37,28 +36,15 @@ def endpoint():
     """An OpenAI-compatible server that gives 5 points to science, 1 to chat, and no JSON to every tenth."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            content = body["messages"][0]["content"]
-            asked.append(content)
-            points = 5 if any(word in content for word in WORDS["science"].split()[:3]) else 1
-            answer = "no idea" if len(asked) % 10 == 0 else f'{{"reasons": "because", "points": {points}}}'
-            data = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}],
-                               "usage": {"prompt_tokens": 10, "completion_tokens": 5}}).encode()  # fmt: skip
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(request):
+        asked.append(json.loads(request.body)["messages"][0]["content"])
+        points = 5 if any(word in asked[-1] for word in WORDS["science"].split()[:3]) else 1
+        said = "no idea" if len(asked) % 10 == 0 else f'{{"reasons": "because", "points": {points}}}'
+        return 200, {"choices": [{"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}],
+                     "usage": {"prompt_tokens": 10, "completion_tokens": 5}}, {}  # fmt: skip
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as address:
+        yield f"{address}/v1", asked
 
 
 def curated(tmp_path, name, inputs=None, **values):
@@ -101,10 +87,8 @@ def test_a_judge_labels_and_the_classifier_learns_from_it(tmp_path, endpoint):
     kept = [row["id"] for row in corpus.documents(second.path, "train")]
     assert len(kept) >= 115 and sum("science" in name for name in kept) >= len(kept) - 2
     (report,) = json.loads((second.path / "table.json").read_text())["thresholds"]
-    assert report["block"] == "classifier" and report["threshold"] == 0.5 and sum(report["histogram"]) == 400
-    nearest = [[abs(row["score"] - 0.5) for row in report[side]] for side in ("kept", "removed")]
-    assert all(len(side) == thresholds.NEAREST and side == sorted(side) for side in nearest)
-    assert all(row["score"] >= 0.5 for row in report["kept"]) and all(row["score"] < 0.5 for row in report["removed"])
+    assert (report["block"], report["option"], report["threshold"], report["documents"]) == ("classifier", "min_score", 0.5, 400)
+    assert [value for value, _ in report["removed"]] == [0.375, 0.45, 0.5, 0.55, 0.625]
 
 
 def test_labels_that_cannot_be_used(tmp_path):
@@ -141,27 +125,6 @@ def test_safety_by_area(tmp_path):
 def test_safety_refuses(values, sentence):
     with pytest.raises(ConfigError, match=sentence):
         safety.check(safety.Config(**values))
-
-
-def test_the_nearest_on_each_side_whatever_the_batches():
-    rng = random.Random(0)
-    documents = [Document(f"d{i}", f"text {i}") for i in range(400)]
-    verdicts = [Scored("low: x" if value < 0.4 else "", value, 0.4) for value in (rng.random() for _ in documents)]
-    reports = []
-    for size in (7, 400):
-        parts = []
-        for start in range(0, 400, 100):  # shards
-            part: thresholds.Found = {}
-            for at in range(start, start + 100, size):
-                stop = min(at + size, start + 100)
-                thresholds.see(part, "b", documents[at:stop], verdicts[at:stop])
-            parts.append(json.loads(json.dumps(part)))
-        reports.append(thresholds.merge(parts))
-    assert reports[0] == reports[1]
-    values = sorted(verdict.score for verdict in verdicts)
-    assert [row["score"] for row in reports[0][0]["kept"]] == [round(value, 4) for value in values if value >= 0.4][:5]
-    assert [row["score"] for row in reports[0][0]["removed"]] == [round(value, 4) for value in reversed(values) if value < 0.4][:5]
-    assert sum(reports[0][0]["histogram"][:8]) == sum(value < 0.4 for value in values)
 
 
 def test_the_recipe_of_a_judge_composes():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,21 @@ def test_domains():
     assert cleaned(domains, "x", domains.Config(allowed=["a.org"]), url="http://b.org")[0] == "domain not allowed: b.org"
 
 
+def test_lists_of_domains_and_addresses(tmp_path):
+    (tmp_path / "a.txt").write_text("# of a project\n0.0.0.0 bad.com # why\n\nwww.Evil.org\n")
+    (tmp_path / "b.txt").write_text("https://news.net/one/?utm_source=x\n")
+    config = domains.Config(lists=[str(tmp_path)])
+    urls = {"http://www.bad.com/x": "bad.com", "http://x.evil.org/": "evil.org", "http://notbad.com": "", "http://news.net/one": "news.net/one",
+            "http://news.net/": "", "http://news.net/one/more": "", "7": ""}  # fmt: skip
+    for url, found in urls.items():
+        assert cleaned(domains, "x", config, url=url)[0] == (found and f"on a list: {found}")
+    before = domains.external(config)
+    (tmp_path / "a.txt").write_text("other.com\n")
+    assert domains.external(config) != before
+    with pytest.raises(ConfigError, match="data.options.domains.lists: '/no/list' is not known"):
+        domains.external(domains.Config(lists=["/no/list"]))
+
+
 @pytest.mark.parametrize("ending, text, left", [
     ("py", "# Copyright 2020 A\n# Licensed under the X.\n\nx = 1\n", "x = 1\n"),
     ("py", "#!/bin/sh\n# Copyright A\n# SPDX-License-Identifier: MIT\nx = 1\n", "#!/bin/sh\n# SPDX-License-Identifier: MIT\nx = 1\n"),
@@ -264,8 +280,15 @@ def test_the_classifier_finds_what_is_like_the_good_ones(tmp_path, monkeypatch):
         curate.check(parse(curate.Config, {"blocks": ["classifier", "split"]}, "data"), {})
     with pytest.raises(ConfigError, match="good: 0 documents against [0-9]+ others are too few"):
         select("classifier", documents, classifier.Config(sample=0.2))
-    with pytest.raises(ConfigError, match="upsample"):
-        classifier.check(classifier.Config(upsample=[[3, 2]]))
+    for upsample in ([[3, 2]], [0.9, 3]):
+        with pytest.raises(ConfigError, match="upsample"):
+            classifier.check(classifier.Config(upsample=upsample))
+    left = [document for document, reason in zip(documents, select("classifier", documents, replace(config, min_score=0.0, grades=[0.2, 0.5])), strict=True) if not reason]
+    assert {document.quality for document in left} >= {"0", "2"} and sum(document.quality == "2" for document in documents[::4]) > 70
+    for document in left:
+        document.repeat, document.split = 1, "train"
+    reasons = select("mix", left, mix.Config(by="quality", weights={"2": 1}, max_epochs=1.0))
+    assert {document.quality for document, reason in zip(left, reasons, strict=True) if not reason} == {"2"}
 
 
 def mixed(documents, **values):

@@ -119,14 +119,16 @@ def test_balance():
 
     def sampled(budget, power, seed=0):
         sizes = {group: 100 * sum(one == group for one, _ in texts) for group, _ in texts}
-        return list(tokenizer.sample(texts, tokenizer.fractions(sizes, budget, power), seed))
+        return list(tokenizer.sample(texts, tokenizer.fractions(sizes, budget, power, {}), seed))
 
-    taken = tokenizer.fractions({("code", ""): 90_000, ("names", "de"): 1000, ("prose", "en"): 9000}, 30_000, 0.5)
+    taken = tokenizer.fractions({("code", ""): 90_000, ("names", "de"): 1000, ("prose", "en"): 9000}, 30_000, 0.5, {})
     assert taken["names", "de"] == 1  # the small group whole, the rest 30 : 9.5, of which prose has less
     assert taken["prose", "en"] * 9000 == pytest.approx(29_000 * 90**0.5 / (90**0.5 + 30))
     assert sum(taken[group] * size for group, size in {("code", ""): 90_000, ("names", "de"): 1000, ("prose", "en"): 9000}.items()) == pytest.approx(30_000)
     found = sampled(30_000, 0.5)
     assert sum(text.endswith("n") for text in found) == 10 and 240 < len(found) < 360
+    added = tokenizer.fractions({("prose", "en"): 90_000, ("prose", "th"): 90_000, ("prose", "xx"): 9}, 10_000, 0.5, {"th": 4, "xx": 0})
+    assert added["prose", "th"] == pytest.approx(4 * added["prose", "en"]) and ("prose", "xx") not in added
     assert len(sampled(10**9, 0.5)) == 1000 and 60 < len(sampled(10_000, 1.0)) < 140
     assert found == [text for text in (text for _, text in texts) if text in set(found)] and found != sampled(30_000, 0.5, seed=1)
 
@@ -180,6 +182,9 @@ def test_token_files(made, tmp_path):
     table = json.loads((tmp_path / "tokens.json").read_text())
     found = load(made)
     assert table["vocab_size"] == 640
+    documents = list(corpus.documents(made["corpus"].path, "train"))
+    assert sum(one["documents"] for one in table["sources"].values()) == len(documents) and {one["epochs"] for one in table["sources"].values()} == {1.0}
+    assert table["sources"].keys() == {document["source"] for document in documents}
     assert set(table["splits"]["train"]) == {"code", "names", "prose", "instructions"}
     assert set(table["splits"]["heldout"]) == {"code", "names", "prose"}
     assert metrics["tokens_train"] == sum(count["tokens"] for count in table["splits"]["train"].values())
@@ -201,6 +206,24 @@ def test_token_files(made, tmp_path):
     for path in again.rglob("*.*"):
         assert path.is_dir() or path.read_bytes() == (tmp_path / path.relative_to(again)).read_bytes()
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == (made["tokenizer"].path / "tokenizer.json").read_bytes()
+
+
+def test_tokens_and_epochs_of_each_source_are_stated(tmp_path, made):
+    """Copies follow one another, over a batch's end as well; the held-out split does not count."""
+    import pyarrow
+    import pyarrow.parquet
+
+    ids = [f"a/{i}" for i in range(150) for _ in range(3)] + [f"b/{i}" for i in range(7)]
+    rows = [{"id": one, "text": f"text {one}", "domain": "code" if one.endswith("3") else "prose", "language": "en", "source": one[0], "url": ""} for one in ids]
+    (tmp_path / "corpus").mkdir()
+    for split in ("train", "heldout"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "corpus" / f"{split}-00000.parquet")
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = tokens.run(tokens.Config(), {"corpus": artifact(tmp_path / "corpus", Kind.CORPUS), "tokenizer": made["tokenizer"]}, out, Context(tmp_path))
+    found = json.loads((out / "tokens.json").read_text())["sources"]
+    assert [(one["documents"], one["epochs"]) for one in (found["a"], found["b"])] == [(450, 3.0), (7, 1.0)]
+    assert found["a"]["tokens"] + found["b"]["tokens"] == metrics["tokens_train"] and metrics["epochs/a"] == 3.0
 
 
 def test_special_tokens_in_a_document_are_text(tmp_path, made):

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from post_helpers import artifact, context
 from stub_server import serving
-from tiny import checkpoint, jsonl
+from tiny import checkpoint, hosting, jsonl
 
 from stages.chat.messages import openai
 from stages.data import synthetic
@@ -72,14 +72,14 @@ def test_what_passes_is_tried_again_over_real_sockets(tmp_path):
         bodies.append((asked.path, json.loads(asked.body), asked.headers.get("Authorization")))
         what = next(script)
         if what == "hang":
-            hung.wait(10)
+            hung.wait(60)
             return None
         content = answer("yes") if what == "ok" else {"error": {"message": "busy"}}
         return int(what) if what.isdigit() else 200, content, {"Retry-After": "7"} if what == "429" else {}
 
     clock = Clock()
     with serving(reply) as address:
-        made = Client(teachers({"t": {"model": "m", "url": f"{address}/v1", "timeout": 0.3}}, "x"), tmp_path, clock=clock)
+        made = Client(teachers({"t": {"model": "m", "url": f"{address}/v1", "timeout": 4.0}}, "x"), tmp_path, clock=clock)
         (done,) = made.complete([ask("q", seed=3)])
         hung.set()
     assert done.text == "yes" and done.finish == "stop" and made.usage["t"] == Usage(1, 0, 4, 10, 5, 0.0)
@@ -101,11 +101,15 @@ def test_failures_end_in_a_sentence(tmp_path, monkeypatch):
     long = client(tmp_path, lambda b, n: httpx.Response(503, headers={"Retry-After": "3600"}))
     with pytest.raises(CuveeError, match="asks to wait 3600 s"):
         long.complete([ask("q")])
-    with pytest.raises(CuveeError, match="variable NO_SUCH_KEY"):
+    with pytest.raises(CuveeError, match="variable NO_SUCH_KEY .* is not set"):
         client(tmp_path, None, key="NO_SUCH_KEY").complete([ask("q")])
+    monkeypatch.setenv("BAD_KEY", "sécret\nX-Other: 1")
+    with pytest.raises(CuveeError, match="variable BAD_KEY .* no header of HTTP can carry") as told:
+        client(tmp_path, None, key="BAD_KEY").complete([ask("q")])
+    assert "cret" not in str(told.value)
     with pytest.raises(CuveeError, match="teacher: 'u' is not known"):
         client(tmp_path, None).complete([Request("u", [])])
-    for values, reason in (({"t": {"model": "m"}}, "x.t: model is 'm', url ''"), ({"t": {"modle": "m"}}, "did you mean 'model'"),
+    for values, reason in (({"t": {"model": "m"}}, "x.t: model is 'm', url ''"), ({"t": {"modle": "m"}}, "did you mean 'model'"), ({"t": "polished"}, "x.t: 'polished' is no teacher"),
                            ({"t": {"model": "m", "url": URL, "attempts": 0}}, "x.t.attempts")):  # fmt: skip
         with pytest.raises(ConfigError, match=reason):
             teachers(values, "x")
@@ -160,7 +164,7 @@ def test_limits_space_the_requests(tmp_path):
 
 
 def test_tool_calls_both_ways_and_fields_of_the_body(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOME_KEY", "secret")
+    monkeypatch.setenv("SOME_KEY", "secret\n")
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     replies = [answer(None, finish="tool_calls", tool_calls=[call]), answer(""), answer(None, tool_calls=[{"function": {"name": "f", "arguments": "{"}}])]
     made = client(tmp_path, lambda b, n: replies[n - 1], extra={"seed": None, "top_k": 3}, key="SOME_KEY")
@@ -197,7 +201,6 @@ def test_a_judge_is_asked_in_both_orders(tmp_path):
 
     found = judge.compare(client(tmp_path / "b", read), "t", rows, ["good", "bad", "good", "good"], ["bad", "good", "good", "bad"])
     assert found.wins == [1.0, 0.0, 0.5, 0.5] and found.consistent == 0.75 and found.unreadable == 2
-    assert found.win_rate()[0] == 0.5
     graded = client(tmp_path / "c", lambda b, n: answer(f'{{"reasons": "", "points": {n}}}' if n < 3 else "?"))
     assert judge.grade(graded, "t", rows[:2], [["x", "y"], ["z"]]) == [[1.0, 2.0], [0.0]]
 
@@ -329,9 +332,10 @@ def answering(monkeypatch, handle):
 
 
 def test_teachers_that_never_end_a_turn_are_told_from_wrong_ones(tmp_path, monkeypatch):
-    answering(monkeypatch, lambda body: answer("7 " * 9, finish="length") if body["model"] == "even" else answer(""))
+    others = ["", "7<|END_OF_TURN_TOKEN|>", "<|im_end|>"]  # no text to train on may hold those
+    answering(monkeypatch, lambda body: answer("7 " * 9, finish="length") if body["model"] == "even" else answer(others[int(body["messages"][-1]["content"][0]) % 3]))
     with pytest.raises(CuveeError, match=r"none of 12 answers to 6 prompts is whole: 6 do not end within max_tokens \(even: 1024, odd: 1024\), "
-                                         "the others are empty; raise max_tokens, or ask"):  # fmt: skip
+                                         "the others are empty or hold special tokens; raise max_tokens, or ask"):  # fmt: skip
         make(tmp_path)
 
 
@@ -380,18 +384,10 @@ def test_where_a_teacher_runs_and_what_it_costs_is_no_part_of_the_address():
 
 
 def test_a_served_model_is_a_teacher(tmp_path, monkeypatch):
-    import uvicorn
-
     from flows.serve import app
 
-    server = uvicorn.Server(uvicorn.Config(app(checkpoint(tmp_path / "model"), "tiny"), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    values = {"model": "tiny", "url": f"http://127.0.0.1:{port}/v1", "max_tokens": 8}
-    try:
+    with hosting(app(checkpoint(tmp_path / "model"), "tiny")) as address:
+        values = {"model": "tiny", "url": f"{address}/v1", "max_tokens": 8}
         made = Client(teachers({"t": values}, "x"), tmp_path / "cache")
         requests = [ask("Hello", seed=i) for i in range(3)]
         found = made.complete(requests)
@@ -421,6 +417,3 @@ def test_a_served_model_is_a_teacher(tmp_path, monkeypatch):
         assert done.message is None and agent.usage["t"].prompt_tokens > 2 * before + len(text.encode()) - 60
         with pytest.raises(CuveeError, match="status 400, .*stream"):
             agent.complete([Request("t", asked, tools=tools, options={"stream": True})])
-    finally:
-        server.should_exit = True
-        thread.join(10)

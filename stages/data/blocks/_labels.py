@@ -13,7 +13,7 @@ from stages.stage import ConfigError, CuveeError
 
 def sources(names: list[str]) -> list[Source]:
     """The files that hold labels: JSON lines and Parquet; of a folder that is a corpus, the training split."""
-    found = find(names, 0, 0, 0)
+    found = find(names, field="data.options.classifier.labels")
     for source in found:
         rows = [entry for entry in source.entries if entry.kind in (".jsonl", ".parquet")]
         source.entries = [entry for entry in rows if entry.name.startswith("train-")] or rows

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from stages.data.blocks.repetition import spaceless
 from stages.data.document import Document
+from stages.data.thresholds import at_least, at_most
 from stages.stage import option
 
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
@@ -22,9 +23,9 @@ SENTENCE = re.compile(r"[.!?]+(?=[^\w\s.!?]*(?:\s|$))|[。！？؟۔।॥]+")
 
 @dataclass
 class Config:
-    min_sentences: int = option(5, "fewest sentences of a page, after its lines were chosen")
-    min_words: int = option(3, "fewest words of a line; three times as many characters in scripts without spaces")
-    max_word: int = option(1000, "longest word of a line, in characters")
+    min_sentences: int = at_least(5, "fewest sentences of a page, after its lines were chosen")
+    min_words: int = at_least(3, "fewest words of a line; three times as many characters in scripts without spaces")
+    max_word: int = at_most(1000, "longest word of a line, in characters")
     curly_brackets: bool = option(False, "keep pages with a curly bracket")
 
 

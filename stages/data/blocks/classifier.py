@@ -16,7 +16,7 @@ from stages.data.blocks._labels import read, sources
 from stages.data.document import Document
 from stages.data.join import Keys, State
 from stages.data.source import find
-from stages.data.thresholds import Scored
+from stages.data.thresholds import at_least
 from stages.data.words import cut, spans
 from stages.stage import ConfigError, option, placement
 
@@ -33,8 +33,9 @@ class Config:
     min_label: float = option(3.0, "smallest score of a labelled document that is good")
     sample: float = option(0.01, "share of the corpus that stands for the others; at most 10,000 documents")
     sample_characters: int = option(4000, "characters looked at in each document")
-    min_score: float = option(0.1, "smallest score of a document that stays; 0 = all stay")
+    min_score: float = at_least(0.1, "smallest score of a document that stays; 0 = all stay")
     upsample: list[Any] = option([], "[smallest score, copies in the training split], e.g. [[0.9, 3]]")
+    grades: list[float] = option([], "scores from which on a document has grade 1, 2, ..., which mix.by=quality weighs")
     seed: int = option(0, "decides the sample")
 
 
@@ -44,13 +45,13 @@ def check(config: Config) -> None:
         raise ConfigError(f"options.classifier: sample {config.sample} and min_score {config.min_score} must lie "
                           "between 0 and 1")
     for step in config.upsample:
-        if len(step) != 2 or not 0 <= step[0] <= 1 or step[1] < 1:
+        if not isinstance(step, list) or len(step) != 2 or not 0 <= step[0] <= 1 or step[1] < 1:
             raise ConfigError(f"options.classifier.upsample: {step} is no score from 0 to 1 with copies; try [[0.9, 3]]")
 
 
 def external(config: Config) -> list[dict[str, Any]]:
     """The identity of the good documents and the labels."""
-    return [source.identity() for source in find(config.good, 0, 0, 0) + sources(config.labels)]
+    return [source.identity() for source in find(config.good, field="data.options.classifier.good") + sources(config.labels)]
 
 
 def features(documents: list[Document], config: Config) -> np.ndarray:
@@ -130,7 +131,7 @@ def fit(good: np.ndarray, others: list[np.ndarray], where: str) -> np.ndarray:
 
 def from_sources(names: list[str], config: Config) -> np.ndarray:
     """The features of all documents of some sources."""
-    shards = [shard for source in find(names, 0, 0, 0) for shard in source.shards("")]
+    shards = [shard for source in find(names) for shard in source.shards("")]
     return _rows([document for shard in shards for document in shard.documents() if not document.fault], config)
 
 
@@ -167,10 +168,11 @@ def score(rows: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
 
 
 def apply(documents: list[Document], places: np.ndarray, config: Config, state: State) -> list[str]:
-    """Sets `repeat` in place; a reason to remove each document, or ""."""
+    """Sets `repeat` and `quality` in place; a reason to remove each document, or ""."""
     scores = score(features(documents, config), np.asarray(state["weights"]), len(documents)).tolist()
     reasons = []
     for document, value in zip(documents, scores, strict=True):
-        reasons.append(Scored(f"quality: {value:.2f}" if value < config.min_score else "", value, config.min_score))
+        reasons.append(f"quality: {value:.2f}" if value < config.min_score else "")
+        document.quality = str(sum(value >= least for least in config.grades)) if config.grades else ""
         document.repeat = max([int(copies) for least, copies in config.upsample if value >= least], default=document.repeat)
     return reasons

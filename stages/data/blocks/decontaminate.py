@@ -6,7 +6,7 @@ import numpy as np
 
 from stages.data.document import Document
 from stages.data.join import Keys, State, in_order
-from stages.data.thresholds import Scored
+from stages.data.thresholds import at_most
 from stages.data.words import ngrams
 from stages.stage import ConfigError, option
 
@@ -17,7 +17,7 @@ ROW = [("document", np.int64), ("hash", np.uint64), ("benchmark", bool)]
 @dataclass
 class Config:
     ngram: int = option(13, "words (characters in Chinese, Japanese, Thai) that must agree in a row")
-    overlap: float = option(0.2, "share of n-grams, of the training or of the protected document, that may be shared")
+    overlap: float = at_most(0.2, "share of n-grams, of the training or of the protected document, that may be shared")
 
 
 def check(config: Config) -> None:
@@ -50,6 +50,7 @@ def join(keys: Keys, config: Config, state: State) -> None:
         if len(rows):
             benchmark[rows["document"]] = rows["benchmark"]
         start += len(rows)
+    state.index("hashes")
 
 
 def apply(documents: list[Document], places: np.ndarray, config: Config, state: State) -> list[str]:
@@ -72,6 +73,6 @@ def _reason(own: np.ndarray, hashes: np.ndarray, state: State, config: Config) -
     worst = int(shares.argmax())
     share = max(float(shares[worst]), len(hits) / len(own))
     if share <= config.overlap:
-        return Scored("", share, config.overlap)
+        return ""
     split = "benchmark" if state["benchmark"][owners[worst]] else "heldout"
-    return Scored(f"overlap with {split}: {state.id(int(owners[worst]))} ({share:.0%})", share, config.overlap)
+    return f"overlap with {split}: {state.id(int(owners[worst]))} ({share:.0%})"

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 from stages.data.blocks import _korean
 from stages.data.document import Document
-from stages.data.thresholds import Scored
-from stages.stage import option
+from stages.data.thresholds import at_most
 
 LIBRARIES = ("ftfy",)
 
 
 @dataclass
 class Config:
-    max_broken: float = option(0.01, "largest share of replacement characters (U+FFFD) a document may keep")
+    max_broken: float = at_most(0.01, "largest share of replacement characters (U+FFFD) a document may keep")
 
 
 def clean(document: Document, config: Config) -> str:
@@ -24,10 +23,8 @@ def clean(document: Document, config: Config) -> str:
         document.text = _characters(document.text, markup=bool(document.markup))
     if not document.text.strip():
         return "empty"
-    if not (broken := document.text.count("\ufffd")):
-        return ""
-    lost = broken > config.max_broken * len(document.text)
-    return Scored(f"undecodable: {broken} of {len(document.text)} characters" if lost else "", broken / len(document.text), config.max_broken)
+    broken = document.text.count("\ufffd")
+    return f"undecodable: {broken} of {len(document.text)} characters" if broken > config.max_broken * len(document.text) else ""
 
 
 def _mojibake(text: str) -> str:

@@ -29,7 +29,7 @@ def join(keys: Keys, config: None, state: State) -> None:
     state.array("removed", bool, keys.count)[:] = first != np.arange(keys.count)
 
 
-def apply(documents: list[Document], places: np.ndarray, config: None, state: State) -> list[str]:
+def apply(documents: list[Document], places: np.ndarray, config: None, state: State, same: str = "text") -> list[str]:
     """The reason names the document that stays."""
     found = zip(state["first"][places].tolist(), places.tolist(), strict=True)
-    return ["" if first == place else f"same text: {state.id(first)}" for first, place in found]
+    return ["" if first == place else f"same {same}: {state.id(first)}" for first, place in found]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stages.data.blocks.c4 import UNMARKED
 from stages.data.blocks.repetition import spaceless
 from stages.data.document import Document
+from stages.data.thresholds import at_least, at_most
 from stages.data.words import cut
 from stages.stage import option
 
@@ -17,11 +18,11 @@ STOPS = tuple(".!?。！？．؟۔।॥။۔｡…")
 
 @dataclass
 class Config:
-    min_ended: float = option(0.12, "smallest share of lines that end with a sentence's mark")
+    min_ended: float = at_least(0.12, "smallest share of lines that end with a sentence's mark")
     short_line: int = option(30, "characters of a short line")
-    max_short: float = option(0.67, "largest share of short lines")
-    max_duplicates: float = option(0.01, "largest share of characters in lines that occurred before")
-    max_lines: float = option(0.3, "most line ends, a word")
+    max_short: float = at_most(0.67, "largest share of short lines")
+    max_duplicates: float = at_most(0.01, "largest share of characters in lines that occurred before")
+    max_lines: float = at_most(0.3, "most line ends, a word")
 
 
 def filter(documents: list[Document], config: Config) -> list[str]:

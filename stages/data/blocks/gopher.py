@@ -12,8 +12,8 @@ import numpy as np
 from stages.data.blocks.quality import STOP_WORDS
 from stages.data.blocks.repetition import spaceless
 from stages.data.document import Document
+from stages.data.thresholds import at_least, at_most
 from stages.data.words import cut
-from stages.stage import option
 
 HEAD = 600  # characters of a text searched for function words before the rest is
 EDGES = ".,;:!?()[]\"'«»“”„¿¡…*_"
@@ -21,15 +21,15 @@ EDGES = ".,;:!?()[]\"'«»“”„¿¡…*_"
 
 @dataclass
 class Config:
-    min_words: int = option(50, "fewest words (characters in Chinese, Japanese, Thai)")
-    max_words: int = option(100_000, "most words")
-    min_mean_length: float = option(3.0, "smallest mean length of a word, in characters")
-    max_mean_length: float = option(10.0, "largest mean length of a word, in characters")
-    max_symbols: float = option(0.1, "most # and most ellipses, a word")
-    max_bullets: float = option(0.9, "largest share of lines that begin with a bullet")
-    max_ellipses: float = option(0.3, "largest share of lines that end with an ellipsis")
-    min_alphabetic: float = option(0.8, "smallest share of words with a letter; punctuation marks count as words")
-    min_stop_words: int = option(2, "fewest different function words of the language")
+    min_words: int = at_least(50, "fewest words (characters in Chinese, Japanese, Thai)")
+    max_words: int = at_most(100_000, "most words")
+    min_mean_length: float = at_least(3.0, "smallest mean length of a word, in characters")
+    max_mean_length: float = at_most(10.0, "largest mean length of a word, in characters")
+    max_symbols: float = at_most(0.1, "most # and most ellipses, a word")
+    max_bullets: float = at_most(0.9, "largest share of lines that begin with a bullet")
+    max_ellipses: float = at_most(0.3, "largest share of lines that end with an ellipsis")
+    min_alphabetic: float = at_least(0.8, "smallest share of words with a letter; punctuation marks count as words")
+    min_stop_words: int = at_least(2, "fewest different function words of the language")
 
 
 def filter(documents: list[Document], config: Config) -> list[str]:

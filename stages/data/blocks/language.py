@@ -5,7 +5,7 @@ from functools import cache
 
 from stages.data.document import Document
 from stages.data.sources.cldr import LANGUAGES
-from stages.data.thresholds import Scored
+from stages.data.thresholds import at_least
 from stages.stage import option
 
 LIBRARIES = ("py3langid", "resiliparse")
@@ -20,7 +20,7 @@ FAR, NEAR = 350, 290
 @dataclass
 class Config:
     languages: list[str] = option(LANGUAGES, "ISO 639-1 codes of the languages to keep")
-    min_ratio: float = option(0.5, "short texts: least probability of the best of them, as a share of the likeliest language's of all")
+    min_ratio: float = at_least(0.5, "short texts: least probability of the best of them, as a share of the likeliest language's of all")
     min_characters: int = option(300, "a shorter document keeps the language its source declares")
 
 
@@ -49,11 +49,10 @@ def clean(document: Document, config: Config) -> str:
     if likeliest not in config.languages:  # a short text is easily taken for one of eighty others
         ranked = _identifier().rank(looked_at)
         found, probability = next(((code, p) for code, p in ranked if code in config.languages), ("", 0.0))
-    ratio = probability / most
-    if ratio < least:
-        return Scored(f"language not wanted: {likeliest} ({most:.2f})", ratio, least)
+    if probability < least * most:
+        return f"language not wanted: {likeliest} ({most:.2f})"
     document.language = found
-    return Scored("", ratio, least)
+    return ""
 
 
 def _certain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The mixture: how much of each source, language or domain goes into the training split, by weights or temperature.
+"""The mixture: how much of each source, language, domain or grade of quality goes into the training split, by weights or temperature.
 
 The size of the mix is what the scarcest part allows: no document is used more than `max_epochs` times. Parts that are
 larger than their share lose documents by a hash of the text; those that are smaller are repeated.
@@ -18,7 +18,7 @@ ROW = [("document", np.int64), ("part", np.uint64), ("bytes", np.int64), ("copie
 
 @dataclass
 class Config:
-    by: str = option("source", "what the parts are", choices=("source", "language", "domain"))
+    by: str = option("source", "what the parts are", choices=("source", "language", "domain", "quality"))
     weights: dict[str, float] = option({}, "share of each part, e.g. {web: 3, books: 1}, none for others; empty: temperature")
     temperature: float = option(1.0, "without weights: shares ~ bytes^(1/temperature); 1 = as found, large = even")
     max_epochs: float = option(4.0, "most times that a document is used")

@@ -23,6 +23,9 @@ PHONE = re.compile(r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}
                    r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])")  # fmt: skip
 
 
+PRIVATE = True
+
+
 @dataclass
 class Config:
     kinds: list[str] = option(["email", "key", "iban", "card", "ip", "phone"], "what is masked",

@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.data.document import Document
 from stages.data.text import SPACELESS, rolling, units
-from stages.stage import option
+from stages.data.thresholds import at_least, at_most
 
 # Function words: a text without any is a list, not prose. Languages not named here (no spaces, attached particles) are not asked.
 STOP_WORDS = {
@@ -43,16 +43,16 @@ REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 @dataclass
 class Config:
-    min_words: int = option(50, "prose: fewest words (characters in Chinese, Japanese, Thai)")
-    max_words: int = option(100_000, "prose: most words")
-    min_alphabetic: float = option(0.7, "prose: smallest share of words with a letter")
-    min_stop_words: int = option(2, "prose: fewest occurrences of the language's function words")
-    repetition: float = option(1.0, "prose: Gopher's limits on repetition are multiplied by this")
-    min_code_characters: int = option(100, "code: fewest characters")
-    max_line: int = option(1000, "code: longest line, in characters")
-    max_mean_line: float = option(100.0, "code: longest mean line, in characters")
-    min_code_letters: float = option(0.4, "code: smallest share of letters among characters other than space")
-    min_names: int = option(10, "names: fewest characters")
+    min_words: int = at_least(50, "prose: fewest words (characters in Chinese, Japanese, Thai)")
+    max_words: int = at_most(100_000, "prose: most words")
+    min_alphabetic: float = at_least(0.7, "prose: smallest share of words with a letter")
+    min_stop_words: int = at_least(2, "prose: fewest occurrences of the language's function words")
+    repetition: float = at_most(1.0, "prose: Gopher's limits on repetition are multiplied by this")
+    min_code_characters: int = at_least(100, "code: fewest characters")
+    max_line: int = at_most(1000, "code: longest line, in characters")
+    max_mean_line: float = at_most(100.0, "code: longest mean line, in characters")
+    min_code_letters: float = at_least(0.4, "code: smallest share of letters among characters other than space")
+    min_names: int = at_least(10, "names: fewest characters")
 
 
 def clean(document: Document, config: Config) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 
 from stages.data.document import Document
 from stages.data.text import SPACELESS
+from stages.data.thresholds import at_most
 from stages.data.words import Words, cut, spans
-from stages.stage import option
 
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 SLOTS = 18  # bits of the table that finds n-grams again: 1 MB, in the second-level cache
@@ -25,7 +25,7 @@ REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 @dataclass
 class Config:
-    scale: float = option(1.0, "prose: Gopher's limits are multiplied by this")
+    scale: float = at_most(1.0, "prose: Gopher's limits are multiplied by this")
 
 
 def filter(documents: list[Document], config: Config) -> list[str]:

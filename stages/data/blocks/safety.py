@@ -14,7 +14,7 @@ from stages.data.blocks import classifier
 from stages.data.document import Document
 from stages.data.join import Keys, State
 from stages.data.source import find
-from stages.data.thresholds import Scored
+from stages.data.thresholds import at_most
 from stages.stage import ConfigError, option, placement, unknown
 
 AREAS = ("violence", "misinformation", "self_harm", "csea", "sexual")
@@ -24,7 +24,7 @@ AREAS = ("violence", "misinformation", "self_harm", "csea", "sexual")
 class Config:
     seeds: dict[str, list[str]] = placement({}, "area: files, folders, s3:// prefixes with documents that must not stay")
     harmless: list[str] = placement([], "documents that speak of the same things without harm")
-    max_score: float = option(0.7, "largest probability, at even odds, of a document that stays")
+    max_score: float = at_most(0.7, "largest probability, at even odds, of a document that stays")
     sample: float = option(0.01, "share of the corpus that stands for the others; at most 10,000 documents")
     sample_characters: int = option(4000, "characters looked at in each document")
     seed: int = option(0, "decides the sample")
@@ -47,7 +47,7 @@ def check(config: Config) -> None:
 def external(config: Config) -> dict[str, Any]:
     """The identity of the seeds and the harmless documents."""
     lists = {**config.seeds, "harmless": config.harmless}
-    return {area: [source.identity() for source in find(names, 0, 0, 0)] for area, names in lists.items() if names}
+    return {area: [source.identity() for source in find(names, field=f"data.options.safety ({area})")] for area, names in lists.items() if names}
 
 
 def keys(documents: list[Document], config: Config) -> np.ndarray:
@@ -69,8 +69,5 @@ def apply(documents: list[Document], places: np.ndarray, config: Config, state: 
     areas, rows = sorted(config.seeds), classifier.features(documents, config.learner())
     weights = np.asarray(state["weights"]).reshape(len(areas), -1)
     scores = np.stack([classifier.score(rows, one, len(documents)) for one in weights])
-    found = []
-    for best, value in zip(scores.argmax(0).tolist(), scores.max(0).tolist(), strict=True):
-        reason = f"{areas[best]}: {value:.2f}" if value > config.max_score else ""
-        found.append(Scored(reason, value, config.max_score))
-    return found
+    return [f"{areas[best]}: {value:.2f}" if value > config.max_score else ""
+            for best, value in zip(scores.argmax(0).tolist(), scores.max(0).tolist(), strict=True)]

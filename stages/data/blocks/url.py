@@ -1,6 +1,7 @@
-"""Documents of one address: the first stays. A bare identifier is none: other files number their records alike.
+"""Documents of one address, and records of a file with one identifier: the first stays.
 
-Addresses are equal but for the scheme, `www.`, a final slash, the fragment and parameters that only track.
+Addresses are equal but for the scheme, the case of the host, `www.`, a final slash, the fragment and parameters that only
+track. A message's or a web archive's identifier (<...>) is one wherever it stands; others number the records of their file.
 """
 
 import re
@@ -12,23 +13,31 @@ from stages.data.blocks import exact
 from stages.data.document import Document
 from stages.data.join import Keys, State
 
+ADDRESS = re.compile(r"https?://(?:www\.)?([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 TRACKING = re.compile(r"(?<=[?&])(utm_\w+|fbclid|gclid|ref|session_?id)=[^&]*&?")
 
 
 def keys(documents: list[Document], config: None) -> np.ndarray:
-    """A row a document that has an address."""
-    places = [i for i, document in enumerate(documents) if "://" in document.url]
+    """A row a document that has an address or an identifier."""
+    places = [i for i, document in enumerate(documents) if document.url]
     rows = np.empty(len(places), exact.ROW)
     for row, i in enumerate(places):
-        digest = blake2b(normal(documents[i].url).encode("utf-8", "replace"), digest_size=8).digest()
+        digest = blake2b(_name(documents[i]).encode("utf-8", "replace"), digest_size=8).digest()
         rows[row] = i, int.from_bytes(digest)
     return rows
 
 
+def _name(document: Document) -> str:
+    if "://" in document.url or document.url.startswith("<"):
+        return normal(document.url)
+    return f"{document.id.rpartition('#')[0] or document.id}\0{document.url}"
+
+
 def normal(url: str) -> str:
     """The address without what makes no difference."""
-    url = TRACKING.sub("", url.partition("#")[0].strip())
-    return re.sub(r"^https?://(www\.)?", "", url.rstrip("?&/"), flags=re.IGNORECASE)
+    url = TRACKING.sub("", url.partition("#")[0].strip()).rstrip("?&/")
+    found = ADDRESS.fullmatch(url)
+    return found[1].lower() + found[2] if found else url
 
 
 def join(keys: Keys, config: None, state: State) -> None:
@@ -38,4 +47,5 @@ def join(keys: Keys, config: None, state: State) -> None:
 
 def apply(documents: list[Document], places: np.ndarray, config: None, state: State) -> list[str]:
     """The reason names the document that stays."""
-    return [reason.replace("same text", "same url") for reason in exact.apply(documents, places, config, state)]
+    found = exact.apply(documents, places, config, state, "url")
+    return [reason if "://" in document.url else reason.replace("same url", "same id", 1) for reason, document in zip(found, documents, strict=True)]

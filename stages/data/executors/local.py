@@ -13,7 +13,7 @@ from typing import Any
 from stages.stage import CuveeError
 
 PR_SET_PDEATHSIG = 1
-Work = Callable[[int, int], Any]  # (pass, shard)
+Work = Callable[[Any, int], Any]  # (what is done, to which of its items)
 _work: Work | None = None
 
 
@@ -23,25 +23,25 @@ def _begin(work: Work) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed stage must not leave workers that write on
 
 
-def _one(number: int, shard: int) -> int:
-    _work(number, shard)
-    return shard
+def _one(what: Any, item: int) -> int:
+    _work(what, item)
+    return item
 
 
 @contextmanager
-def start(work: Work, workers: int) -> Iterator[Callable[[int, list[int]], Iterator[int]]]:
-    """A function (pass, shards) -> each shard as it is done. One worker runs in this process."""
+def start(work: Work, workers: int) -> Iterator[Callable[[Any, list[int]], Iterator[int]]]:
+    """A function (what, items) -> each item as it is done. One worker runs in this process."""
     if workers <= 1:
-        yield lambda number, shards: (work(number, shard) or shard for shard in shards)
+        yield lambda what, items: (work(what, item) or item for item in items)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (work,)) as pool:
-        yield lambda number, shards: _map(pool, number, shards)
+        yield lambda what, items: _map(pool, what, items)
 
 
-def _map(pool: ProcessPoolExecutor, number: int, shards: list[int]) -> Iterator[int]:
+def _map(pool: ProcessPoolExecutor, what: Any, items: list[int]) -> Iterator[int]:
     from concurrent.futures.process import BrokenProcessPool
 
-    left: set[Any] = {pool.submit(_one, number, shard) for shard in shards}
+    left: set[Any] = {pool.submit(_one, what, item) for item in items}
     try:
         while left:
             done, left = wait(left, return_when=FIRST_COMPLETED)

@@ -14,8 +14,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def document(name: str, record: object) -> Document:
-    """The text is the first of TEXT_FIELDS that has one; `language`, `domain` and the address (`url`, or an `id` that is one)
-    are taken over."""
+    """The text is the first of TEXT_FIELDS that has one; `language`, `domain` and the address (`url`, an `id` that is one, else
+    the `id`) are taken over."""
     if not isinstance(record, dict):
         return Document(name, str(record)[:1000], fault="record is no object with fields")
     value = next((record[field] for field in TEXT_FIELDS if record.get(field)), None)
@@ -30,7 +30,8 @@ def document(name: str, record: object) -> Document:
     if not value.isascii() and SURROGATE.search(value):
         fault = "lone surrogate in the text"
     language, domain = str(record.get("language") or ""), str(record.get("domain") or "prose")
-    found = next((one for one in (record.get("url"), record.get("id")) if isinstance(one, str) and "://" in one), "")
+    names = [str(one) for one in (record.get("url"), record.get("id")) if isinstance(one, (str, int)) and one != ""]
+    found = next((one for one in names if "://" in one), names[-1] if names else "")
     return Document(name, value, domain=domain if DOMAIN.fullmatch(domain) else "prose", fault=fault,
                     language=language if LANGUAGE.fullmatch(language) else "",
                     url=found)

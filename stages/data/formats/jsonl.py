@@ -34,7 +34,7 @@ def read(entry, file: BinaryIO) -> Iterator[Document]:
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """(line, bytes of it that were passed over)."""
     while line := file.readline(LONGEST):
-        yield line, 0 if len(line) < LONGEST else sum(map(len, _rest(file)))
+        yield line, 0 if len(line) < LONGEST or line.endswith(b"\n") else sum(map(len, _rest(file)))
 
 
 def _rest(file: BinaryIO) -> Iterator[bytes]:

@@ -36,8 +36,10 @@ class Entry:
     """A file of a source. `size` in bytes; `take` of them are read (JSON lines can be cut to fit a limit).
 
     path: where it lies. always: taken first, whatever the seed and the limits; its documents count all the same.
-    start, stop: the records that begin in these bytes; stop = 0 for all.
+    start, stop: the records that begin in these bytes; stop = 0 for all. PARTS: whether its stream can begin there.
     """
+
+    PARTS = True
 
     name: str
     size: int
@@ -46,6 +48,11 @@ class Entry:
     always: bool = False
     start: int = 0
     stop: int = 0
+
+    @property
+    def length(self) -> int:
+        """Bytes that are read."""
+        return (self.stop or self.take) - self.start
 
     @property
     def ending(self) -> str:

@@ -18,6 +18,7 @@ from stages.stage import CuveeError
 class Blob(Entry):
     """A file of a repository; path: the repository, tag: the object's name, which is the hash of its content."""
 
+    PARTS = False
     tag: str = ""
 
     def open(self) -> BinaryIO:

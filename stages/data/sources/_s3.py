@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, BinaryIO
 
 from stages.data.sources._files import Entry, documents  # noqa: F401  (the same files, elsewhere)
 from stages.stage import CuveeError
+
+BLOCK = 8 << 20  # bytes of a request
+PAUSES = (1, 4, 16)  # seconds before a request whose answer broke off is sent again
 
 
 @dataclass
@@ -18,22 +22,57 @@ class Object(Entry):
     tag: str = ""
 
     def open(self) -> BinaryIO:
-        """A stream of the bytes taken. Raises CuveeError when they cannot be read or have changed."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        bucket, _, key = self.path.partition("/")
-        cut = {"Range": f"bytes=0-{self.take - 1}"} if self.take < self.size else {}
-        try:
-            return io.BufferedReader(client().get_object(Bucket=bucket, Key=key, IfMatch=self.tag, **cut)["Body"], 1 << 20)
-        except (BotoCoreError, ClientError) as error:
-            raise refused(error, f"s3://{self.path}") from None
-
-    def seekable(self) -> BinaryIO:
-        with self.open() as file:
-            return io.BytesIO(file.read())
+        """A stream of the object, in requests of BLOCK bytes. Reading raises CuveeError when it cannot be read or has changed."""
+        return io.BufferedReader(_Stream(self), BLOCK)
 
     def digest(self) -> str:
         return f"{self.tag}:{self.take}"
+
+
+class _Stream(io.RawIOBase):
+    """An object by ranges: a reader may jump, and a connection that breaks off costs one request."""
+
+    def __init__(self, entry: Object):
+        self.entry, self.place = entry, 0
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.place + len(buffer), self.entry.size)
+        data = self._bytes(stop) if self.place < stop else b""
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+    def readall(self) -> bytes:
+        """What is left, in one request."""
+        data = self._bytes(self.entry.size) if self.place < self.entry.size else b""
+        self.place += len(data)
+        return data
+
+    def _bytes(self, stop: int) -> bytes:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = self.entry.path.partition("/")
+        for pause in (*PAUSES, None):
+            try:
+                wanted = f"bytes={self.place}-{stop - 1}"
+                return client().get_object(Bucket=bucket, Key=key, IfMatch=self.entry.tag, Range=wanted)["Body"].read()
+            except (BotoCoreError, ClientError) as error:  # what a client can try again, botocore has
+                if pause is None or isinstance(error, ClientError):
+                    raise refused(error, f"s3://{self.entry.path}") from None
+                time.sleep(pause)
+        raise AssertionError
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = offset + (0, self.place, self.entry.size)[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
 
 
 @cache
