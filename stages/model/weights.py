@@ -145,36 +145,35 @@ def _as_float(parameter: Parameter) -> Tensor:
     return parameter.detach().float()
 
 
-def tensors(
+def state(
     model: Model | list[Model], rows: list[Row], value: Callable[[Parameter], Tensor] = _as_float
-) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the model in the table's order, whole, FP32, on every rank; a collective.
+) -> dict[str, Tensor]:
+    """A copy of the whole model by Hugging Face names, FP32, on every rank's device; a collective.
 
     value: a parameter -> its FP32 value on this rank, e.g. the optimizer's main weight.
     """
     parameters, group = by_name(model), parallel_state.get_tensor_model_parallel_group()
+    found: dict[str, Tensor] = {}
     for row in rows:
         whole = _part(parameters, row, value)
         if whole is not None and row.split is not None and dist.get_world_size(group) > 1:
             parts = [torch.empty_like(whole) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, whole.contiguous(), group=group)
             whole = torch.cat(parts, row.split)
-        yield from zip(row.hf, row.divide(_from_owner(whole, row)), strict=True)
-
-
-def state(
-    model: Model | list[Model], rows: list[Row], value: Callable[[Parameter], Tensor] = _as_float
-) -> dict[str, Tensor]:
-    """A copy of the whole model by Hugging Face names."""
-    return {name: tensor.clone() for name, tensor in tensors(model, rows, value)}
+        for name, tensor in zip(row.hf, row.divide(_from_owner(whole, row)), strict=True):
+            found[name] = tensor.clone()
+    return found
 
 
 def save(
     model: Model | list[Model], rows: list[Row], out: Path, value: Callable[[Parameter], Tensor] = _as_float,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
-    """Write the model's safetensors to `out` from rank 0 as FP32; a collective. No rank holds more than its share of one
-    row, but for rank 0, in host memory, one row whole beside the file that it fills."""
+    """Write the model's safetensors to `out` from rank 0 as FP32, files of at most `shard_bytes` (or one tensor); a collective.
+
+    No rank holds more than its share of one row, but for rank 0, in host memory, a whole row beside the file that it fills.
+    value: see state.
+    """
     source = _to_first(by_name(model), rows, value)
     if dist.get_rank() == 0:
         write(out, _shapes(rows), source, torch.float32, shard_bytes)
@@ -185,7 +184,8 @@ def save(
 def _to_first(
     parameters: dict[str, Parameter], rows: list[Row], value: Callable[[Parameter], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """What `tensors` gives, on rank 0 alone and in host memory; the others send it what they hold."""
+    """Every Hugging Face tensor in the table's order, whole, FP32, in host memory of rank 0 alone, to which the others send
+    what they hold."""
     group = parallel_state.get_model_parallel_group()
     here, held = dist.get_rank(group), [None] * dist.get_world_size(group)
     dist.all_gather_object(held, set(parameters), group=group)
@@ -224,8 +224,8 @@ def write(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the safetensors of `source`, in the order of `shapes`, holding a file (at most `shard_bytes`, or one tensor)
-    at a time. The bytes are a function of the weights alone."""
+    """Write the safetensors of `source`, in the order of `shapes`, holding a file (at most `shard_bytes`, or one tensor) at
+    a time. The bytes are a function of the weights alone."""
     plan, sizes = {}, [0]
     for name, shape in shapes.items():
         size = dtype.itemsize * math.prod(shape)

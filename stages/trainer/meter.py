@@ -67,7 +67,8 @@ def _peak_memory() -> int:
 
 
 class Trace:
-    """Rank 0's torch.profiler trace of config.profile_steps, to open in chrome://tracing or Perfetto."""
+    """Rank 0's torch.profiler trace of config.profile_steps (of a resumed run, those of them that are left), to open in
+    chrome://tracing or Perfetto."""
 
     def __init__(self, config: TrainConfig):
         self.first, self.last = config.profile_steps or (0, 0)
@@ -76,7 +77,7 @@ class Trace:
 
     def before(self, step: int) -> None:
         """To be called before step `step` (from 0)."""
-        if step + 1 == self.first and dist.get_rank() == 0:
+        if self._profiler is None and self.first <= step + 1 <= self.last and dist.get_rank() == 0:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
 

@@ -192,3 +192,35 @@ def test_fewer_groups_than_ranks_still_have_logprobs():
     found = trainer.logprobs(batch)
     assert len(found) == len(expected)
     assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_value_network_s_shared_optimizer_is_saved_beside_the_policy_s(tmp_path):
+    from stages.trainer.checkpoint import Checkpoints
+    from stages.trainer.trainer import Trainer
+
+    def made(seed):
+        trainers = [Trainer(config(distributed_optimizer=True, seed=seed + i), SIZES, lambda batch: None, head=head)
+                    for i, head in enumerate(("lm", "value"))]  # fmt: skip
+        trainers[0].critic = trainers[1]
+        return trainers
+
+    policy, critic = made(1)
+    policy.save_state(Checkpoints(tmp_path, background=False), 1, {})
+    others = made(5)
+    others[0].load_state(tmp_path / "0000000001")
+    for trainer, other in zip((policy, critic), others, strict=True):
+        for (_, own), (_, found) in zip(trainer.optimizer._shared().items(), other.optimizer._shared().items(), strict=True):
+            assert torch.equal(trainer.optimizer._held(own)["param"], other.optimizer._held(found)["param"])
+
+
+def test_a_trace_begins_with_the_first_of_its_steps_that_is_taken(tmp_path):
+    """A resumed run may begin within them."""
+    from stages.trainer import parallel
+    from stages.trainer.meter import Trace
+
+    parallel.join()
+    trace = Trace(config(profile_steps=[2, 5], profile_dir=str(tmp_path)))
+    for step in range(3, 7):  # from 0
+        trace.before(step)
+        trace.after(step)
+    assert [file.name for file in tmp_path.iterdir()] == ["steps-2-5.json"] and trace._profiler is None
