@@ -15,7 +15,7 @@ from stages.stage import CuveeError
 
 VARIABLES = ("tools", "documents", "safety_mode", "reasoning", "citations", "response_format")  # what a row may carry
 TURNS = ("all", "last")  # assistant turns that are trained on
-_SPECIAL = re.compile("|".join(map(re.escape, (*COMMAND.tokens, *CHATML.tokens))))
+SPECIAL = re.compile("|".join(map(re.escape, (*COMMAND.tokens, *CHATML.tokens))))
 _ENDS = re.compile("|".join(map(re.escape, (END_OF_TURN, "<|END_RESPONSE|>", *CHATML.tokens))))
 
 
@@ -112,4 +112,4 @@ def response(completion: str) -> str:
         completion = completion.split("<|START_RESPONSE|>", 1)[1]
     elif "<|END_THINKING|>" in turn and "<|START_ACTION|>" not in turn:
         completion = completion.split("<|END_THINKING|>", 1)[1]
-    return _SPECIAL.sub("", _ENDS.split(completion, maxsplit=1)[0]).strip()
+    return SPECIAL.sub("", _ENDS.split(completion, maxsplit=1)[0]).strip()

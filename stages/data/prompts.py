@@ -85,10 +85,10 @@ def _task(config: Config) -> Any:
 
 
 def _options(config: Config) -> Any:
-    task, where = _task(config), f"data.prompts.options ({config.domain})"
-    options = parse(task.Options, config.options, where)
+    task = _task(config)
+    options = parse(task.Options, config.options, "options")
     if hasattr(task, "check") and (reason := task.check(options)):
-        raise ConfigError(f"{where}: {reason}")
+        raise ConfigError(f"options: {reason}")
     return options
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.chat.messages import said
-from stages.chat.render import VARIABLES
+from stages.chat.render import SPECIAL, VARIABLES
 from stages.rollout._collect import check_mix, load_prompts, schedule
 from stages.stage import (
     Artifact,
@@ -118,8 +118,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
         ctx.log(f"{cut} of {len(made)} answers were cut off at their teacher's max_tokens and are left out")
     if not whole:
         raise CuveeError(f"data.synthetic.teachers: none of {len(made)} answers to {len(candidates)} prompts is whole: {cut} do not end within "
-                         f"max_tokens ({_limits(client)}), the others are empty; raise max_tokens, or ask teachers that end their turns: a "
-                         "base model does not")  # fmt: skip
+                         f"max_tokens ({_limits(client)}), the others are empty or hold special tokens; raise max_tokens, or ask teachers "
+                         "that end their turns: a base model does not")  # fmt: skip
     if not kept:
         raise CuveeError(f"data.synthetic.min_reward: of {len(made)} answers to {len(candidates)} prompts {whole} are whole (the others cut "
                          f"off or empty), and none of these is rewarded {config.min_reward} or more; lower it, raise max_tokens or ask "
@@ -133,14 +133,14 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
         + ", ".join(f"{n} by {name}" for name, n in chosen.most_common())
     )
     mean = sum(c["answers"][c["chosen"]]["reward"] for c in kept) / len(kept)
-    return {"conversations": len(kept), "prompts": len(candidates), "reward": mean, **used,
+    return {"conversations": len(kept), "prompts": len(candidates), "reward": mean, "cut_off": cut / len(made), **used,
             **{f"chosen/{name}": chosen[name] / len(kept) for name in client.teachers}}  # fmt: skip
 
 
 def _teachers(config: Config) -> dict[str, Any]:
     from stages.teacher.client import teachers
 
-    return teachers(config.teachers, "data.synthetic.teachers")
+    return teachers(config.teachers, "teachers")
 
 
 def _requests(config: Config, row: dict[str, Any]) -> list[Any]:
@@ -162,7 +162,9 @@ def _candidate(row: dict[str, Any], answers: list[tuple[str, Any]]) -> dict[str,
 
 
 def _whole(answer: dict[str, Any]) -> bool:
-    return answer["message"] is not None and answer["finish"] in ("stop", "tool_calls")
+    """Ended by the teacher, and without special tokens of ours, which no text to train on may hold."""
+    ended = answer["message"] is not None and answer["finish"] in ("stop", "tool_calls")
+    return ended and not SPECIAL.search(said(answer["message"]))
 
 
 def _limits(client: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rewards that look at what a prompt's `check` (or the prompt itself) asks for, and have nothing to say of other prompts."""
+"""What the rewards share: they judge responses one by one, those of prompts of which they have something to say."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from stages.stage import Context, CuveeError, resolve
 
 
 class Checked:
-    """A reward of prompts that `applies`; others get None, which leaves it out of their sum.
+    """A reward of the prompts that `applies` names; others get None, which leaves it out of their sum.
 
-    A subclass defines `applies` and `score` (or `scores`, where many at once are cheaper).
+    A subclass defines `score` (or `scores`, where many at once are cheaper), and `applies` where it is not for all prompts.
     """
 
     def __init__(self, ctx: Context | None = None, model: Path | None = None):
-        self.ctx = ctx
+        """What every reward is made with; none of these needs it."""
 
     @staticmethod
     def applies(prompt: dict[str, Any]) -> bool:
         """Whether the reward has anything to say of this prompt's completions."""
-        raise NotImplementedError
+        return True
 
     def score(self, prompt: dict[str, Any], text: str) -> float | None:
         """The reward of one response, None where even this prompt's can't be judged."""

@@ -4,24 +4,12 @@ The shape is DAPO's soft overlong punishment with the budget taken from each pro
 characters are always free.
 """
 
-from __future__ import annotations
+from typing import Any
 
-from pathlib import Path
-
-from stages.chat.render import response
-from stages.stage import Context
+from stages.rewards._common import Checked
 
 
-class Reward:
-    def __init__(self, ctx: Context | None = None, model: Path | None = None):
-        self.ctx = ctx
-
-    def __call__(self, prompts: list[dict], completions: list[list[str]]) -> list[list[float]]:
-        return [
-            [_penalty(len(response(text)), max(40, len(prompt["answer"]))) for text in texts]
-            for prompt, texts in zip(prompts, completions, strict=True)
-        ]
-
-
-def _penalty(length: int, free: int) -> float:
-    return -min(1.0, max(0.0, (length - free) / (3 * free)))
+class Reward(Checked):
+    def score(self, prompt: dict[str, Any], text: str) -> float:
+        free = max(40, len(prompt["answer"]))
+        return -min(1.0, max(0.0, (len(text) - free) / (3 * free)))

@@ -6,19 +6,12 @@ L_max is the stage's `max_new_tokens`, at which a completion is cut off, and L_c
 20480).
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
-from stages.stage import Context
+from stages.rewards._common import Checked
 
 CACHE = 0.2  # share of the longest completion in which the punishment grows
 
 
-class Reward:
-    def __init__(self, ctx: Context | None = None, model: Path | None = None):
-        self.ctx = ctx
-
+class Reward(Checked):
     def of_tokens(self, completions: list[list[list[int]]], max_new_tokens: int) -> list[list[float]]:
         """The reward of each completion, given as token ids."""
         return [[penalty(len(ids), max_new_tokens, CACHE * max_new_tokens) for ids in row] for row in completions]

@@ -1,30 +1,20 @@
 """The programmatic reward: each prompt's own domain verifier on the response, in [-1, 1]."""
 
-from __future__ import annotations
+from typing import Any
 
-from pathlib import Path
-
-from stages.chat.render import response
-from stages.stage import Context, resolve
+from stages.rewards._common import Checked
+from stages.stage import resolve
 
 
-class Reward:
-    """rewards[i][j]: how right `completions[i][j]` is as an answer to `prompts[i]`."""
-
-    def __init__(self, ctx: Context | None = None, model: Path | None = None):
-        self.ctx = ctx
-
-    def __call__(self, prompts: list[dict], completions: list[list[str]]) -> list[list[float]]:
-        flat = [(prompt, response(text)) for prompt, texts in zip(prompts, completions, strict=True) for text in texts]
-        scores = [0.0] * len(flat)
-        for domain in sorted({prompt["domain"] for prompt, _ in flat}):
-            task = resolve("tasks", domain)
-            chosen = [i for i, (prompt, _) in enumerate(flat) if prompt["domain"] == domain]
+class Reward(Checked):
+    def scores(self, prompts: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
+        found: list[float | None] = [None] * len(texts)
+        for domain in {prompt["domain"] for prompt in prompts}:
+            task, chosen = resolve("tasks", domain), [i for i, prompt in enumerate(prompts) if prompt["domain"] == domain]
             if hasattr(task, "verify_batch"):
-                found = task.verify_batch([flat[i][0] for i in chosen], [flat[i][1] for i in chosen])
+                scores = task.verify_batch([prompts[i] for i in chosen], [texts[i] for i in chosen])
             else:
-                found = [task.verify(*flat[i]) for i in chosen]
-            for i, score in zip(chosen, found, strict=True):
-                scores[i] = score
-        rest = iter(scores)
-        return [[next(rest) for _ in texts] for texts in completions]
+                scores = [task.verify(prompts[i], texts[i]) for i in chosen]
+            for i, score in zip(chosen, scores, strict=True):
+                found[i] = score
+        return found

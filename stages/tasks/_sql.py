@@ -72,7 +72,7 @@ def passed(queries: list[str], checks: list[dict]) -> list[float]:
             _same(value, rows, check.get("ordered", False))
             for value, (_, rows) in zip(outcome.values, check["tests"], strict=True)
         )
-        / len(check["tests"])
+        / max(1, len(check["tests"]))
         for outcome, check in zip(outcomes, checks, strict=True)
     ]
 

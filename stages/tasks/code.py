@@ -233,7 +233,7 @@ def _passed(language: str, blocks: list[str], checks: list[dict]) -> list[float]
     else:
         values = _languages.results(language, blocks, calls) if blocks else []
         wanted = [[json.loads(result) for _, result in check["tests"]] for check in checks]
-    return [sum(map(_equal, got, want)) / len(want) for got, want in zip(values, wanted, strict=True)]
+    return [sum(map(_equal, got, want)) / max(1, len(want)) for got, want in zip(values, wanted, strict=True)]
 
 
 def _equal(found: object, expected: object) -> bool:

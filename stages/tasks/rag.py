@@ -179,4 +179,4 @@ def verify(prompt: dict, completion: str) -> float:
         span, sources = cited[0]
         return 0.5 * (plain(span) in (wanted, f"a {wanted}")) + 0.5 * (sources == [(0, check["source"])])
     named = lambda words: re.search(rf"(?<!\w){re.escape(words)}(?!\w)", plain(completion)) is not None  # noqa: E731
-    return 0.25 if not cited and named(wanted) and not any(named(plain(other)) for other in check["others"]) else 0.0
+    return 0.25 if not cited and named(wanted) and not any(named(plain(other)) for other in check.get("others", [])) else 0.0

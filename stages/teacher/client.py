@@ -53,7 +53,10 @@ class Teacher:
 
 def teachers(values: dict[str, Any], where: str) -> dict[str, Teacher]:
     """Teachers by name from plain values. Raises ConfigError naming `where`.name.field."""
-    found = {name: parse(Teacher, own or {}, f"{where}.{name}") for name, own in values.items()}
+    for name, own in values.items():
+        if not isinstance(own, dict):
+            raise ConfigError(f"{where}.{name}: {own!r} is no teacher; give its fields, e.g. {{model: m, url: http://127.0.0.1:8000/v1}}")
+    found = {name: parse(Teacher, own, f"{where}.{name}") for name, own in values.items()}
     for name, teacher in found.items():
         if not teacher.model or not teacher.url.startswith(("http://", "https://")):
             raise ConfigError(f"{where}.{name}: model is {teacher.model!r}, url {teacher.url!r}; give the model's name and an "
@@ -258,10 +261,10 @@ class _Pace:
 
 
 def _key(where: str, teacher: Teacher) -> str:
-    if not (found := os.environ.get(teacher.key, "")):
-        raise CuveeError(
-            f"{where}: the environment variable {teacher.key} (field key) is not set; export it with the API key"
-        )
+    found = os.environ.get(teacher.key, "").strip()  # a secret read from a file ends in a line end
+    if not found or not found.isascii() or not found.isprintable():
+        state = "no header of HTTP can carry" if found else "is not set"
+        raise CuveeError(f"{where}: the environment variable {teacher.key} (field key) {state}; export it with the API key")
     return found
 
 

@@ -53,12 +53,6 @@ class Verdicts:
     consistent: float
     unreadable: int
 
-    def win_rate(self) -> tuple[float, float, float]:
-        """Mean of the wins with its 95 % Wilson interval."""
-        from stages.evaluation.stats import wilson
-
-        return wilson(self.wins)
-
 
 def comparisons(judge: str, rows: list[dict[str, Any]], first: list[str], second: list[str]) -> list[Request]:
     """The requests of `compare`: of each row with the first answer as A, then as B."""
