@@ -17,7 +17,6 @@ gone. SIGTERM asks the processes to save and leave.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -33,19 +32,18 @@ from typing import Any
 
 import psutil
 
-from stages.run import AGAIN, FAILED, OK, PR_SET_PDEATHSIG
+from stages.run import AGAIN, FAILED, OK
 
 LOST = 69  # EX_UNAVAILABLE: only follows from what befell another host
 BY_SIGNAL = 128
 SAVE_SECONDS = 600  # that a stage has to save and leave after SIGTERM
-ALONE_SECONDS = 90  # the same where other hosts may be gone, for which its processes would wait for ever
+ALONE_SECONDS = 90  # the same when the run is gone: other hosts, for which processes would wait for ever, may be gone too
 ENDED_SECONDS = 15.0  # after its processes have ended the agent ends
 WAIT_SECONDS = 7 * 24 * 3600  # that hosts wait for one another: a cluster may have no room for the last one for days
 
 
 def main(spec_file: str) -> int:
     """Run this host's share of the stage; its exit status."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # kill -9 of the run must not leave a stage that goes on
     spec = json.loads(Path(spec_file).read_text())
     if _answer(spec) == OK:  # this host was lost after the stage had ended
         return OK
@@ -66,7 +64,7 @@ def _answer(spec: dict[str, Any]) -> int | None:
 
 
 def _end_with_input() -> None:
-    """Who started this from another host has nothing else to say that it is over."""
+    """Nothing else says, on every host and from the first moment on, that the run was killed."""
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -35,9 +35,9 @@ class Job(local.Job):
         super().__init__(log)
         self.cancelled = False
         share = max(1, threads * len(nodes) // json.loads(spec.read_text())["processes"])
-        wanted = {"OMP_NUM_THREADS": str(share), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
+        wanted = {"OMP_NUM_THREADS": str(share), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS), "CUVEE_STDIN": "1"}
         if len(nodes) > 1:
-            wanted |= {"CUVEE_HOSTS": str(len(nodes)), "CUVEE_RUN": uuid.uuid4().hex, "CUVEE_STDIN": "1",
+            wanted |= {"CUVEE_HOSTS": str(len(nodes)), "CUVEE_RUN": uuid.uuid4().hex,
                        "CUVEE_RENDEZVOUS": f"{nodes[0]}:{cluster.port}"}  # fmt: skip
         command = [sys.executable, "-m", "stages.launch", str(spec)]
         with open(log, "a") as file:
@@ -66,26 +66,23 @@ class Job(local.Job):
         statuses.append(BY_SIGNAL - status if status < 0 else status)
         if status not in (OK, AGAIN):  # the others may never notice
             for other in self._processes:
-                if other.stdin:
-                    other.stdin.close()
+                other.stdin.close()
 
     def cancel(self) -> None:
         if not self.ended.is_set():
             self.cancelled = True
             for process in self._processes:
-                if process.stdin:
-                    process.stdin.close()
+                process.stdin.close()
                 end_tree(process.pid, CANCEL_SECONDS)
 
 
 def _start(command: list[str], environment: dict[str, str], shell: list[str], log: Any) -> subprocess.Popen:
-    """A host's share, here or through `shell`; several hosts' ends when its standard input does."""
+    """A host's share, here or through `shell`; it ends when its standard input does."""
     if shell:
         words = ["cd", str(ROOT.parent), "&&", "exec", "env"]
         given = [*(f"{key}={value}" for key, value in environment.items()), *command]
         command = [*shell, " ".join([*words, *map(shlex.quote, given)])]  # what ssh gives to the other host's shell
-    stdin = subprocess.PIPE if "CUVEE_STDIN" in environment else subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=stdin, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                             env=os.environ | environment)  # fmt: skip
 
 

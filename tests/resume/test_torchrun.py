@@ -80,9 +80,9 @@ def test_a_refusal_is_its_sentence(tmp_path, launcher, tokens):
     assert not list((tmp_path / "out").iterdir())
 
 
-def started(launcher, root: Path, tokens: Path):
+def started(launcher, root: Path, tokens: Path, **changes):
     """A job of two ranks, and their processes, as soon as there are any."""
-    job = launcher.launch(write_spec(root, tokens, 2), root / "log", 2)
+    job = launcher.launch(write_spec(root, tokens, 2, **changes), root / "log", 2)
     while len(ranks := psutil.Process(job.pid).children()) < 2:
         assert not job.ended.wait(0.02), (root / "log").read_text()
     return job, ranks
@@ -97,7 +97,14 @@ def test_a_killed_rank_is_a_death_by_signal(tmp_path, launcher, tokens):
 def test_cancelling_ends_every_rank(tmp_path, launcher, tokens):
     job, ranks = started(launcher, tmp_path, tokens)
     job.cancel()
-    assert job.wait(lambda line: None) < 0 and psutil.wait_procs(ranks, timeout=5)[1] == []
+    assert job.wait(lambda line: None) < 0 and psutil.wait_procs(ranks, timeout=60)[1] == []
+
+
+def test_ranks_save_and_leave_when_the_run_is_killed(tmp_path, launcher, tokens):
+    job, ranks = started(launcher, tmp_path, tokens, steps=100_000)
+    agent = psutil.Process(job.pid)
+    job._processes[0].stdin.close()  # as the kernel does then
+    assert psutil.wait_procs([agent, *ranks], timeout=120)[1] == []
 
 
 def test_several_hosts_are_one_job(tmp_path, tokens):
@@ -115,7 +122,7 @@ def test_several_hosts_are_one_job(tmp_path, tokens):
     everything = [there, *there.children(recursive=True), *psutil.Process(job.pid).children()]
     there.children(recursive=True)[-1].kill()
     assert job.wait(lambda line: None) == -signal.SIGKILL
-    assert psutil.wait_procs(everything, timeout=10)[1] == []
+    assert psutil.wait_procs(everything, timeout=60)[1] == []
 
 
 def test_several_hosts_without_names_are_refused():
