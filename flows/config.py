@@ -25,6 +25,7 @@ from stages.stage import ROOT, ConfigError, load, unknown
 
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 CONF = ROOT.parent / "conf"
+STARTS = ("instruct", "base")  # what the SFT of an expert may start from
 HOME = re.compile(r"(?<=[\[,=])~(?=[/\],]|$)")  # neither Hydra nor a shell reads it within a list
 
 
@@ -74,24 +75,49 @@ def compose(overrides: list[str]) -> DictConfig:
         return compose(opened)
     if any("_target_" in override for override in overrides):
         raise ConfigError("_target_ names code to be run, which no configuration may; leave it out")
+    _check(conf, sections)
+    _leave_out(conf)
+    return conf
+
+
+def _check(conf: DictConfig, sections: dict) -> None:
+    """Raises ConfigError for a value that must be given, for one in place of a section, and for what an expert can't be."""
     for key in sorted(_missing(OmegaConf.to_container(conf))):
         raise ConfigError(f"{key} must be given, e.g. {key}=...; see the comments in conf/{key.split('.')[0]}")
-    for key, value in conf.items():
-        if not isinstance(value, DictConfig):
+    for key in [*conf, *_places(sections)]:
+        if not isinstance(value := OmegaConf.select(conf, key), DictConfig):
             raise ConfigError(f"{key}={value}: {key} is a section of fields, set one of them, e.g. {key}.<field>={value}")
-    with_prompts = [*conf.recipe.experts, *conf.recipe.get("also", [])]
-    for expert in with_prompts:
-        if expert not in conf.expert:
-            field = "experts" if expert in conf.recipe.experts else "also"
-            raise ConfigError(f"recipe.{field}: {unknown(expert, list(conf.expert))}")
+    for field in ("experts", "also"):
+        for expert in conf.recipe.get(field, []):
+            if expert not in conf.expert:
+                raise ConfigError(f"recipe.{field}: {unknown(expert, list(conf.expert))}")
     if not conf.recipe.experts:
         raise ConfigError("recipe.experts is empty; name at least one of " + ", ".join(conf.expert))
-    for expert in conf.recipe.experts:  # an expert that is left out has no prompts to mix in, and no model to weigh
+    for name, own in conf.expert.items():
+        if own.start not in STARTS:
+            raise ConfigError(f"expert.{name}.start: {unknown(str(own.start), list(STARTS))}")
+        if not own.seeds:
+            raise ConfigError(f"expert.{name}.seeds: is empty; give at least one, e.g. [0]")
+        if not isinstance(own.anchor, int | float) or not 0 <= own.anchor < 1:
+            raise ConfigError(f"expert.{name}.anchor: {own.anchor} is no share of RL's start; give 0 to less than 1")
+
+
+def _places(sections: dict, path: str = "") -> Iterator[str]:
+    """Where sections are, from the outside in: expert, expert.code, expert.code.sft, ..."""
+    for key, value in sections.items():
+        yield f"{path}{key}"
+        if isinstance(value, dict):
+            yield from _places(value, f"{path}{key}.")
+
+
+def _leave_out(conf: DictConfig) -> None:
+    """An expert that is left out has no prompts to mix in, and no model to weigh."""
+    with_prompts = {*conf.recipe.experts, *conf.recipe.get("also", [])}
+    for expert in conf.recipe.experts:
         for part in (conf.expert[expert].sft, conf.expert[expert].refine, conf.expert[expert].rl):
             part.mix = {d: share for d, share in part.mix.items() if d in with_prompts or d not in conf.expert}
     for part in (conf.soup.sft, conf.soup.rl):
         part.weights = {e: weight for e, weight in part.weights.items() if e in conf.recipe.experts or e not in conf.expert}
-    return conf
 
 
 def _missing(node: Any, path: str = "") -> Iterator[str]:

@@ -32,6 +32,13 @@ def graph(*overrides):
     ("scale=lptop", "scale: 'lptop' is not known; did you mean 'laptop'"),
     ("recipe.experts=[code,mth]", "recipe.experts: 'mth' is not known; did you mean 'math'"),
     ("recipe.experts=[]", "recipe.experts is empty"),
+    ("expert.math=3", "expert.math=3: expert.math is a section"),
+    ("polish.online=3", "polish.online=3"),
+    ("expert.math.start=bas", "expert.math.start: 'bas' is not known; did you mean 'base'"),
+    ("expert.math.seeds=[]", "expert.math.seeds: is empty"),
+    ("expert.math.anchor=2", "expert.math.anchor: 2 is no share"),
+    ("evaluate.prompts_per_domain=0", "polish.choose.skip: 0 chooses by the prompts that evaluation reports"),
+    ("scale.expert_sft.lr=abc", "^expert.code.sft.lr: "),
     ("recipe.also=[cod]", "recipe.also: 'cod' is not known; did you mean 'code'"),
     ("data.sources=3", "data.sources=3"),
     ("data.sources=[]", "data.sources"),
@@ -61,15 +68,19 @@ def test_the_recipe_is_expert_fan_out_merge_rl_fan_out_merge_polish():
 
 def test_experts_differ_by_their_options():
     """Section 3.3.3's code expert in full: seeds merged twice, trained again without itself, RL merged with its start."""
-    full = ["expert.code.seeds=[0,1]", "expert.code.refine_seeds=[0,1]", "expert.code.redo=true", "expert.long_context.start=base"]
+    full = ["expert.code.seeds=[0,1]", "expert.code.refine_seeds=[0,1]", "expert.code.redo=true",
+            "expert.long_context.start=base", "soup.sft.weights.code=2"]  # fmt: skip
     nodes = graph(*full).nodes
     parents = {name: sorted(p.name for p in node.parents) for name, node in nodes.items()}
     assert parents["sft-code-first"] == ["instruct", "sft-code-first-seed-0", "sft-code-first-seed-1"]
     assert [nodes[f"sft-code-seed-{s}"].config.seed for s in (0, 1)] == [0, 1]
+    assert nodes["sft-code-seed-0"].config.mix == nodes["sft-code-again-seed-0"].config.mix == {"code": 1.0}
+    assert set(nodes["sft-code-first-seed-0"].config.mix) == {"code", "math"}
     assert parents["sft-code"] == ["sft-code-first", "sft-code-seed-0", "sft-code-seed-1"]
     others = sorted(f"sft-{e}" for e in EXPERTS if e != "code")
     assert parents["sft-soup-without-code"] == sorted(["instruct", *others])
     assert "sft-soup-without-code" in parents["sft-code-again-seed-0"]
+    assert nodes["sft-soup"].config.weights["code"] == 2 and "code" not in nodes["sft-soup-without-code"].config.weights
     assert "sft-code-again" in parents["rl-code-alone"] and set(parents["rl-code"]) == {"rl-code-alone", "sft-code-again"}
     assert "base" in parents["sft-long_context"] and "instruct" not in parents["sft-long_context"]
     assert changed("expert.code.anchor=0.5") == downstream("rl-code")
@@ -80,6 +91,8 @@ def test_rounds_of_polishing_follow_each_other():
     parents = {name: sorted(p.name for p in node.parents) for name, node in nodes.items()}
     assert "polished-1" in parents["best-of-n-2"] and "polished-2" in parents["best-of-n-samples-3"]
     assert "online-3" in parents["polished"] and parents["export"] == ["polished"]
+    without = graph("recipe.polish_rounds=0").nodes
+    assert [p.name for p in without["export"].parents] == ["rl-soup"] and "polished" not in without
     seeds = [nodes[f"best-of-n-samples{at}"].config.seed for at in ("", "-2", "-3")]
     assert len(set(seeds)) == 3  # every round draws its own
 
