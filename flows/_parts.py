@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
 
 def domains(conf):
     """The experts, and what has prompts without an expert."""
@@ -56,8 +54,8 @@ def seeded(conf, by):
 
 
 def having(conf, **fields):
-    """The section with other values in some fields, still known by its name."""
+    """The section with other values in some fields (a dictionary's instead of its own), still known by its name."""
     found = conf.copy()
-    OmegaConf.set_struct(found, False)  # a dictionary of the section may get keys that it has not today
-    found.merge_with(fields)
+    for name, value in fields.items():
+        found[name] = value
     return found

@@ -52,7 +52,7 @@ def recipe(step, conf) -> None:
               for name, model in models.items()}
     if conf.judged.teachers:
         step("judged", "teacher.compare", conf.judged, models={m: scores[m] for m in rounds}, baseline=scores["instruct"], prompts=prompts)
-    export = step("export", "export.huggingface", conf.export, model=models["polished"])
+    export = step("export", "export.huggingface", conf.export, model=list(rounds.values())[-1])
     step("report", "report.report", conf.report, scores=scores, export=export, corpus=corpus, reward=reward)
 
 
@@ -83,7 +83,12 @@ def sft_expert(step, name, conf, starts, prompts, tokens):
     model = best_seeds(step, first, conf, own.sft, own.seeds, starts[own.start], prompts, tokens)
     if not own.refine_seeds:
         return model
-    return best_seeds(step, f"sft-{name}", conf, having(own.sft, **own.refine), own.refine_seeds, model, prompts, tokens)
+    return best_seeds(step, f"sft-{name}", conf, refined(own), own.refine_seeds, model, prompts, tokens)
+
+
+def refined(own):
+    """The second SFT: the first with what `refine` says of it; its mix is the first's where it names none."""
+    return having(own.sft, **{name: value for name, value in own.refine.items() if value != {}})
 
 
 def best_seeds(step, name, conf, sft, seeds, init, prompts, tokens):
@@ -98,9 +103,11 @@ def rl_expert(step, name, conf, sft, soup, instruct, prompts, tokens):
     own, start = conf.expert[name], soup
     if own.redo:
         others = {e: model for e, model in sft.items() if e != name}
-        start = step(f"sft-soup-without-{name}", "merge.soup", conf.soup.sft, models=others, base=instruct)
-        start = best_seeds(step, f"sft-{name}-again", conf, having(own.sft, **own.refine),
-                           own.refine_seeds or own.seeds, start, prompts, tokens)
+        weights = {e: weight for e, weight in conf.soup.sft.weights.items() if e != name}
+        start = step(f"sft-soup-without-{name}", "merge.soup", having(conf.soup.sft, weights=weights),
+                     models=others, base=instruct)
+        start = best_seeds(step, f"sft-{name}-again", conf, refined(own), own.refine_seeds or own.seeds,
+                           start, prompts, tokens)
     if not own.anchor:
         return step(f"rl-{name}", "train.rl", own.rl, init=start, prompts=prompts)
     alone = step(f"rl-{name}-alone", "train.rl", own.rl, init=start, prompts=prompts)
