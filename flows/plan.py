@@ -54,10 +54,14 @@ def predict(node: Node, previous: dict[str, Any] | None, flops_per_second: float
 
 
 def sizes(node: Node) -> Any:
-    """The ModelConfig of the model that a stage makes or uses: its own, or that of the first input that has one."""
-    if not node.inputs.get("init") and hasattr(node.config, "model"):
-        return node.config.model
-    return next(filter(None, map(sizes, node.parents)), None)
+    """The ModelConfig of the model that a stage makes or uses: its own, or that of the first input that has one; its context
+    as far as training has extended it."""
+    own = not node.inputs.get("init") and hasattr(node.config, "model")
+    found = node.config.model if own else next(filter(None, map(sizes, node.parents)), None)
+    if found is None or not hasattr(node.config, "plan"):
+        return found
+    longest = max(length for length, _ in node.config.plan())
+    return replace(found, max_position_embeddings=max(found.max_position_embeddings, longest))
 
 
 def check_layout(node: Node, cluster: Any) -> float:

@@ -27,6 +27,11 @@ def check(
     looked at here, see `memory`.
     """
     at = f"{where}." if where else ""
+    if longest > sizes.max_position_embeddings:
+        raise ConfigError(
+            f"{at}sequence_length: {longest} is longer than the model's max_position_embeddings "
+            f"{sizes.max_position_embeddings}; shorten it, or extend the context before"
+        )
     _check_sizes(config, sizes, at, longest or config.sequence_length)
     _check_features(config, device, at)
     if config.precision_at(0) != "fp32" and sizes.head_dim & (sizes.head_dim - 1):

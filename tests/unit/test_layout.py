@@ -133,6 +133,8 @@ def test_the_report_s_figures_at_full_size():
     (["cluster=h100x512", "pretrain.pipeline_parallel=3"], "pretrain.pipeline_parallel x virtual_pipeline: 6 does not divide"),
     (["cluster=h100x512", "cooldown.recompute=none"], "cooldown: sequences of 32768 take .*; set recompute to full"),
     (["cluster=local"], "pretrain.precision: bf16 needs a GPU"),
+    (["cluster=h100x512", "instruct.sequence_length=262145"],
+     "instruct.sequence_length: 262145 is longer than the model's max_position_embeddings 262144; shorten"),
 ])  # fmt: skip
 def test_a_plan_that_cannot_run_names_what_to_change(overrides, sentence, tmp_path):
     graph = Graph(compose(["scale=h100x512", *overrides]))
