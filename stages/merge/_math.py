@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PIECE = 1 << 24  # elements
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """Inner product of two tensors of one shape, summed in FP64 on one thread: the order of sums is fixed."""
+    """Inner product of two tensors of one shape, summed in FP64 on one thread: the order of sums is fixed. In pieces, as the
+    embedding of a large model in FP64 would take more memory than all models in FP32."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return float(torch.dot(a.flatten().double(), b.flatten().double()))
+        pieces = zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True)
+        return sum(float(torch.dot(x.double(), y.double())) for x, y in pieces)
     finally:
         torch.set_num_threads(threads)
 

@@ -74,6 +74,15 @@ def test_dare_keeps_the_mean_and_is_a_function_of_the_seed():
     assert not torch.equal(found, merge("dare", [delta], options={"density": 0.25}, seed=4, base=base))
 
 
+def test_inner_products_of_large_tensors_are_taken_in_pieces(monkeypatch):
+    from stages.merge import _math
+
+    a, b = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    whole = _math.dot(a, b)
+    monkeypatch.setattr(_math, "PIECE", 4)
+    assert _math.dot(a, b) == pytest.approx(whole, rel=1e-12) and whole == pytest.approx(float((a * b).sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize("method", names("merge/methods"))
 def test_every_method_returns_equal_models_unchanged(method):
     module = resolve("merge/methods", method)
