@@ -27,6 +27,7 @@ class TrainConfig:
     decay_steps: int = option(0, "last steps that decay linearly to min_lr (schedule wsd only)")
     weight_decay: float = option(0.1, "decoupled weight decay; norms are excluded")
     anchor: float = option(0.0, "pull back to the first weights, decoupled as weight decay is (L2-SP); norms included")
+    dropout: float = option(0.0, "share of what attention and MLP add to the hidden states that a step's forward pass sets to 0")
     beta1: float = option(0.9, "AdamW's first moment decay")
     beta2: float = option(0.95, "AdamW's second moment decay")
     epsilon: float = option(1e-8, "AdamW's epsilon")
@@ -110,9 +111,9 @@ class TrainConfig:
         for name in counts:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{at}{name}: {getattr(self, name)} is negative; give 0 or more")
-        for name in ("beta1", "beta2"):
+        for name, kind in (("beta1", "decay of a moment"), ("beta2", "decay of a moment"), ("dropout", "share")):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{at}{name}: {getattr(self, name)} is no decay of a moment; give 0 or more, below 1")
+                raise ConfigError(f"{at}{name}: {getattr(self, name)} is no {kind}; give 0 or more, below 1")
         if not self.epsilon > 0:
             raise ConfigError(f"{at}epsilon: {self.epsilon} lets AdamW divide by 0; give more than 0")
         if self.spike_factor and not self.spike_factor > 1:

@@ -186,7 +186,7 @@ class _Run:
         config, progress = self.config, self.progress
         step, lr = progress.step, config.learning_rate(progress.step)
         # Randomness is a function of (seed, step), so that there is no generator to save: not torch's, nor
-        # Megatron-core's tracker of CUDA generators, from which nothing is drawn while dropout is 0.
+        # Megatron-core's tracker of CUDA generators, from which nothing is drawn: attention has no dropout.
         torch.manual_seed(config.seed * 1_000_003 + step)
         began = time.perf_counter()
         groups = batch(step)

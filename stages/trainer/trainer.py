@@ -57,6 +57,7 @@ class Trainer:
     ):
         self.config, self.sizes, self.objective, self.head = config, sizes, objective, head
         self.critic: Trainer | None = None
+        self._stepping = False
         head = "lm" if head == "lm" else "reward"  # the model's
         with cuda_names():
             parallel.initialise(config, sizes)
@@ -95,6 +96,8 @@ class Trainer:
             ).to(self.device)
             for i in range(virtual)
         ]  # fmt: skip
+        if c.dropout and exact is not None:
+            self._drop(chunks)
         if c.fsdp and exact is not None:  # the model in training
             as_main_weights(chunks)
         rows = weights.table(sizes, head)
@@ -106,6 +109,16 @@ class Trainer:
             source = ChainMap({row.name: source[row.name] for row in new}, found)
         weights.load(chunks, rows, source, exact)
         return chunks
+
+    def _drop(self, chunks: list[Model]) -> None:
+        """Dropout of what each layer adds to the residual stream, Megatron-core's hidden_dropout, while a step goes forward."""
+
+        def drop(module: torch.nn.Module, given: Any, added: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
+            return (torch.nn.functional.dropout(added[0], self.config.dropout), added[1]) if self._stepping else None
+
+        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+            layer.self_attention.register_forward_hook(drop)
+            layer.mlp.register_forward_hook(drop)
 
     def _wrap(self, chunks: list[Model]) -> list[Any]:
         """The chunks with FP32 gradients, reduced among data-parallel ranks while the backward pass goes on."""
@@ -146,7 +159,9 @@ class Trainer:
                 chunk.zero_grad_buffer()
             self.optimizer.zero()
             self._count.zero_()
+            self._stepping = True
             logs = self._run(self.wrapped, batch, self._objective, forward_only=False)
+            self._stepping = False
             norm = self.optimizer.norm()  # waits for the GPU; what follows reads what is there
             found = _totals(logs)
             loss = found.pop("loss", (math.nan, 1.0))

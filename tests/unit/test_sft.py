@@ -295,8 +295,8 @@ def test_the_anchor_pulls_back_to_the_parent_and_resumes_bit_for_bit(start, tmp_
     def distance(name):
         return sum(float((w - first[key]).pow(2).sum()) for key, w in weights_of(tmp_path / name).items())
 
-    for name, anchor in (("free", 0.0), ("held", 20.0), ("whole", 20.0)):
-        stage({**values, "anchor": anchor}, tmp_path / name, init=start, conversations=chats)
+    for name, anchor, dropout in (("free", 0.0, 0.0), ("held", 20.0, 0.1), ("whole", 20.0, 0.1)):
+        stage({**values, "anchor": anchor, "dropout": dropout}, tmp_path / name, init=start, conversations=chats)
     assert distance("held") < 0.7 * distance("free")
     batch = sft.Conversations.batch
 
@@ -307,11 +307,31 @@ def test_the_anchor_pulls_back_to_the_parent_and_resumes_bit_for_bit(start, tmp_
 
     monkeypatch.setattr(sft.Conversations, "batch", die)
     with pytest.raises(Killed):
-        stage({**values, "anchor": 20.0}, tmp_path / "parts", init=start, conversations=chats)
+        stage({**values, "anchor": 20.0, "dropout": 0.1}, tmp_path / "parts", init=start, conversations=chats)
     monkeypatch.setattr(sft.Conversations, "batch", batch)
-    stage({**values, "anchor": 20.0}, tmp_path / "parts", init=start, conversations=chats)
+    stage({**values, "anchor": 20.0, "dropout": 0.1}, tmp_path / "parts", init=start, conversations=chats)
     for name in ("held", "parts"):
         assert (tmp_path / name / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_dropout_is_of_steps_alone_and_keeps_the_mean():
+    from stages.objectives import ce
+    from stages.trainer.trainer import Trainer
+    from tests.resume.trainer_run import SIZES, Counting, config
+
+    found = []
+    for dropout in (0.0, 0.3):
+        trainer = Trainer(config(dropout=dropout), SIZES, lambda b: ce.loss(b, ce.Config()))
+        groups = Counting().batch(0, trainer)
+        before = trainer.logprobs(groups)
+        steps = [(torch.manual_seed(seed), trainer.step(groups, 0.0))[1] for seed in (0, 1, 0)]
+        found.append([(step["loss"], step["grad_norm"]) for step in steps])
+        assert all(np.array_equal(a, b) for a, b in zip(before, trainer.logprobs(groups), strict=True)), "lr 0, and nothing dropped"
+    free, dropped = found
+    assert len(set(free)) == 1 and dropped[0] == dropped[2] != dropped[1] and free[0] != dropped[0]
+    assert dropped[0][0] == pytest.approx(free[0][0], rel=0.05)
+    with pytest.raises(ConfigError, match="dropout: 1.0 is no share"):
+        config(dropout=1.0).check()
 
 
 def test_the_plan_counts_the_anchor():
