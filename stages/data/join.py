@@ -94,6 +94,8 @@ class State:
                 array.flush()
         self.arrays.clear()
         (self.folder / "done").touch()
+        for path in self.folder.glob("sorted-*"):  # a killed join reads them again
+            path.unlink()
         self.done = True
 
     def id(self, document: int) -> str:
@@ -111,7 +113,7 @@ class State:
 def in_order(keys: Keys, scratch: Path) -> Iterator[np.ndarray]:
     """All rows by `hash`, then `document`, in parts; equal hashes never lie in two parts.
 
-    More than ROWS have been brought in order before, by `shuffle`; they are read once.
+    More than ROWS have been brought in order before, by `shuffle`.
     """
     parts = sorted(scratch.glob("sorted-*.npy"))
     if not parts:
@@ -120,7 +122,6 @@ def in_order(keys: Keys, scratch: Path) -> Iterator[np.ndarray]:
     for path in parts:
         rows = np.load(path)
         yield rows[keys.alive[rows["document"]]]
-        path.unlink()
 
 
 @dataclass(frozen=True)

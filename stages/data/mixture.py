@@ -2,7 +2,9 @@
 
 As RegMix does (arXiv 2407.01492), with the form of the data mixing laws (arXiv 2403.16952, eq. 1): the loss on domain i of a
 model trained on shares r is c_i + exp(t_i . r), whose t_i follow by least squares for each c_i of a grid, of which the one
-stays that predicts left-out models best. The sum over the domains is convex in r: its minimum over all mixes is the answer.
+stays that predicts left-out models best. The sum over the domains is convex in r: its minimum over the mixes is the answer.
+Close to a share of nothing a loss rises faster than any exponential, and nobody trains there: a fifth of every mix is dealt
+out evenly, of those that are tried and of the answer.
 """
 
 import json
@@ -14,11 +16,12 @@ import numpy as np
 
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, unknown
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {"models": Input(Kind.CHECKPOINT, many=True), "tokens": Input(Kind.TOKENS)}
 OUTPUT = Kind.REPORT
 FLOORS = np.concatenate([[0.0], 1 - np.logspace(0, -2, 20)[1:]])  # c_i, as shares of the smallest loss seen
 STEPS, RATE = 3000, 0.5
+EVEN = 0.2  # of a mix
 
 
 @dataclass
@@ -69,7 +72,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
         "promised_target": float(promised @ weights), "best_seen": names[int(seen.argmin())], "best_seen_target": float(seen.min()),
     }  # fmt: skip
     (out / "mixture.json").write_text(json.dumps(result, indent=1) + "\n")
-    ctx.log("best mix: " + ", ".join(f"{domain} {share:.3f}" for domain, share in result["best"].items()))
+    best_mix = ", ".join(f"{domain}: {share:.3f}" for domain, share in result["best"].items())
+    ctx.log(f"best mix: {best_mix}; train on it with pretrain.blend='{{{best_mix}}}'")
     ctx.log(f"target {result['promised_target']:.4f}, of the mixes tried {seen.min():.4f} to {seen.max():.4f}; rank correlation of "
             f"left-out models {result['left_out_rank_correlation']:.2f}")  # fmt: skip
     return {"target": result["promised_target"], "best_seen": result["best_seen_target"], "rank_correlation": result["left_out_rank_correlation"],
@@ -77,9 +81,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
 
 
 def mixes(domains: list[str], count: int, seed: int) -> list[dict[str, float]]:
-    """`count` random mixes, even over all that there are (Dirichlet with parameter 1), to four digits."""
-    drawn = np.random.default_rng(seed).dirichlet(np.ones(len(domains)), count).round(4)
-    return [dict(zip(domains, np.maximum(row, 1e-4).tolist(), strict=True)) for row in drawn]
+    """`count` random mixes to four digits, spread alike (Dirichlet with parameter 1) over those of which EVEN is dealt out evenly."""
+    drawn = EVEN / len(domains) + (1 - EVEN) * np.random.default_rng(seed).dirichlet(np.ones(len(domains)), count)
+    return [dict(zip(domains, row, strict=True)) for row in drawn.round(4).tolist()]
 
 
 def fit(shares: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
@@ -105,14 +109,14 @@ def predict(fits: list[dict[str, Any]], shares: np.ndarray) -> np.ndarray:
 
 
 def minimum(fits: list[dict[str, Any]], weights: np.ndarray) -> np.ndarray:
-    """The mix [domains] with the smallest weighted loss: exponentiated gradient, which stays on the simplex."""
+    """The mix [domains] with the smallest weighted loss: exponentiated gradient on what is not EVEN, which stays on the simplex."""
     t = np.stack([one["t"] for one in fits])
-    mix = np.full(t.shape[1], 1 / t.shape[1])
+    free = even = np.full(t.shape[1], 1 / t.shape[1])
     for _ in range(STEPS):
-        gradient = (weights * np.exp(t @ mix)) @ t
-        mix = mix * np.exp(-RATE * (gradient - gradient @ mix))
-        mix /= mix.sum()
-    return mix
+        gradient = (1 - EVEN) * (weights * np.exp(t @ (EVEN * even + (1 - EVEN) * free))) @ t
+        free = free * np.exp(-RATE * (gradient - gradient @ free))
+        free /= free.sum()
+    return EVEN * even + (1 - EVEN) * free
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

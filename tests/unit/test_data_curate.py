@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import time
 
@@ -149,6 +150,28 @@ def test_identity_follows_content_and_what_is_taken(folder):
     assert digest() != before
     path.rename(folder / "renamed.txt")
     assert digest() not in (before, "")
+
+
+def test_the_digest_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    from stages.data.sources import _files
+
+    path, state, read = tmp_path / "big.txt", tmp_path / "state", []
+    monkeypatch.setenv("CUVEE_STATE", str(state))
+    opened = _files.Entry.open
+    monkeypatch.setattr(_files.Entry, "open", lambda self: read.append(self.name) or opened(self))
+
+    def reads(text: str, age: float) -> int:
+        path.write_text(text)
+        os.utime(path, (time.time() - age,) * 2)
+        (entry,) = _files.entries(str(path))
+        assert entry.digest() == entry.digest() == hashlib.sha256(text.encode()).hexdigest()
+        count, read[:] = len(read), []
+        return count
+
+    size = _files.LARGE
+    assert reads("a" * size, 100) == 2  # without a state directory
+    state.mkdir()
+    assert [reads("a" * size, 100), reads("b" * size, 100), reads("c" * (size - 1), 100), reads("d" * size, 0)] == [1, 1, 2, 2]
 
 
 def test_limits(folder, tmp_path):

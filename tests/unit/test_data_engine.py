@@ -107,6 +107,24 @@ def test_joins_that_do_not_fit_are_brought_in_order_by_the_workers(docs, tmp_pat
     assert run(tmp_path, docs, "workers", workers=3, **values)[0] == expected
 
 
+def test_a_join_that_is_killed_reads_its_parts_again(docs, tmp_path, monkeypatch):
+    expected, _ = run(tmp_path, docs, "fits", workers=1)
+    monkeypatch.setattr(join, "ROWS", 700)
+    minhash, joined = engine.block("minhash"), engine.block("minhash").join
+
+    def killed(keys, config, state):
+        next(join.in_order(keys, state.folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minhash, "join", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, docs, "killed", workers=1)
+    monkeypatch.setattr(minhash, "join", joined)
+    (tmp_path / "killed-out").rmdir()
+    assert run(tmp_path, docs, "killed", workers=1)[0] == expected
+    assert not list((tmp_path / "killed-scratch").rglob("sorted-*")) and not list((tmp_path / "killed-scratch").rglob("rows-*"))
+
+
 def test_bytes_do_not_depend_on_the_workers(docs, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "BATCH_BYTES", 20_000)
     one, metrics = run(tmp_path, docs, "one", workers=1)
@@ -140,9 +158,10 @@ def test_labels_never_meet(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_it_goes_on(docs, tmp_path, seed):
-    """Killed with all its workers at random moments, in shards, between them and in joins; then let through."""
+def test_killed_at_random_it_goes_on(docs, tmp_path, monkeypatch, seed):
+    """Killed with all its workers at random moments, in shards, between them and in joins of many parts; then let through."""
     expected, _ = run(tmp_path, docs, "whole", workers=1)
+    monkeypatch.setattr(join, "ROWS", 700)
     rng, marks, kills = random.Random(seed), tmp_path / "killed-scratch" / "curate", 0
     for attempt in range(5):
         child = os.fork()
