@@ -170,22 +170,28 @@ def _order(messages: list[dict[str, Any]]) -> None:
         waiting += len(one.get("tool_calls", []))
 
 
-def _citations(row: dict[str, Any]) -> None:
-    """Raises Refused for a citation of a result that no call before has given. Calls are numbered over the conversation, from
-    the documents on, as the chat templates number them."""
-    results = [len(row["documents"])] if row.get("documents") else []
+def answered(row: dict[str, Any]) -> list[int]:
+    """Of each tool message the number of the call that it answers. Calls are numbered over the conversation, after the documents,
+    as the chat templates number them; a message without an id of theirs answers the first call that is open."""
+    found, count = [], int(bool(row.get("documents")))
     open_: dict[str, int] = {}  # of the last turn's calls: id -> number
     for one in row["messages"]:
-        if one["role"] == "assistant":
-            said = one["content"] if isinstance(one["content"], str) else json.dumps(one["content"], ensure_ascii=False)
-            for cited in CITED.findall(said + one.get("thinking", "")):
-                for call, places in SOURCE.findall(cited):
-                    held = results[int(call)] if int(call) < len(results) else 0
-                    if any(int(place) >= held for place in re.findall(r"\d+", places)):
-                        raise Refused("citations: of a document or result that is not there", cited)
-            calls = one.get("tool_calls", [])
-            open_ = {call.get("id", str(i)): len(results) + i for i, call in enumerate(calls)}
-            results += [0] * len(calls)
+        if calls := one.get("tool_calls"):
+            open_ = {call.get("id", str(i)): count + i for i, call in enumerate(calls)}
+            count += len(calls)
         elif one["role"] == "tool" and open_:
-            number = open_.pop(one["tool_call_id"] if one.get("tool_call_id") in open_ else next(iter(open_)))
-            results[number] = len(one["content"]) if isinstance(one["content"], list) else 1
+            found.append(open_.pop(one["tool_call_id"] if one.get("tool_call_id") in open_ else next(iter(open_))))
+    return found
+
+
+def _citations(row: dict[str, Any]) -> None:
+    """Raises Refused for a citation of a result that no call before has given."""
+    held, numbers = {0: len(row.get("documents", []))}, iter(answered(row))
+    for one in row["messages"]:
+        if one["role"] == "assistant":
+            for cited in CITED.findall(said(one) + one.get("thinking", "")):
+                for call, places in SOURCE.findall(cited):
+                    if any(int(place) >= held.get(int(call), 0) for place in re.findall(r"\d+", places)):
+                        raise Refused("citations: of a document or result that is not there", cited)
+        elif one["role"] == "tool":
+            held[next(numbers)] = len(one["content"]) if isinstance(one["content"], list) else 1

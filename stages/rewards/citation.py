@@ -7,9 +7,9 @@ turn) or results of tools. In [-1, 1]:
 import re
 from typing import Any
 
-from stages.chat.messages import said
+from stages.chat.messages import answered, said
 from stages.rewards._common import Checked
-from stages.tasks._common import plain
+from stages.tasks._common import holds, plain
 from stages.tasks.rag import citations
 
 Sources = dict[tuple[int, int], str]  # (call, result) -> its text
@@ -22,17 +22,14 @@ class Reward(Checked):
 
     def score(self, prompt: dict[str, Any], text: str) -> float:
         held, found = sources(prompt), citations(text)
-        if any(not _holds(held.get(source, ""), span) for span, cited in found for source in cited):
+        told = lambda source, span: bool(span) and holds(plain(held.get(source, "")), span)  # noqa: E731
+        if not all(told(source, plain(span)) for span, cited in found for source in cited):
             return -1.0
         given = {source for _, cited in found for source in cited}
         expected = _expected(prompt["check"])
         if expected is None or not given or not expected:
             return float(bool(given) == (expected is None or bool(expected)))
         return 2 * len(given & expected) / (len(given) + len(expected))
-
-
-def _holds(text: str, span: str) -> bool:
-    return bool(plain(span)) and re.search(rf"(?<!\w){re.escape(plain(span))}(?!\w)", plain(text)) is not None
 
 
 def _expected(check: dict[str, Any]) -> set[tuple[int, int]] | None:
@@ -46,12 +43,11 @@ def sources(prompt: dict[str, Any]) -> Sources:
 
     words = lambda value: said({"content": value})  # noqa: E731
     found: Sources = {(0, i): words(document) for i, document in enumerate(prompt.get("documents") or [])}
-    call, turns = int(bool(found)), prompt["messages"]
+    turns, calls = prompt["messages"], iter(answered(prompt))
     for turn in turns:
-        if turn["role"] == "tool":
+        if turn["role"] == "tool" and (call := next(calls, None)) is not None:
             results = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
             found |= {(call, i): words(result) for i, result in enumerate(results)}
-            call += 1
         elif turn["role"] == "user":
             for number, line in re.findall(r"^Observation (\d{1,4}): (.*)$", said(turn), re.MULTILINE):
                 found |= {(int(number), i): text.strip() for i, text in enumerate(re.split(r"\[\d+\] ", line)[1:])}

@@ -10,7 +10,8 @@ class Reward(Checked):
     def scores(self, prompts: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
         found: list[float | None] = [None] * len(texts)
         for domain in {prompt["domain"] for prompt in prompts}:
-            task, chosen = resolve("tasks", domain), [i for i, prompt in enumerate(prompts) if prompt["domain"] == domain]
+            task = resolve("tasks", domain)
+            chosen = [i for i, prompt in enumerate(prompts) if prompt["domain"] == domain]
             if hasattr(task, "verify_batch"):
                 scores = task.verify_batch([prompts[i] for i in chosen], [texts[i] for i in chosen])
             else:

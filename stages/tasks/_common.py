@@ -31,6 +31,11 @@ def plain(text: str) -> str:
     return text.strip(" .,;:!?\"'`“”„«»「」。")
 
 
+def holds(text: str, words: str) -> bool:
+    """Whether the words stand in the text, not inside longer ones."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+
+
 @cache
 def language_names() -> dict[str, str]:
     """The languages' English names by ISO 639-1 code, from CLDR."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from stages.stage import CuveeError, option
 from stages.tasks import _agents
-from stages.tasks._common import plain, prompt, sentences
+from stages.tasks._common import holds, plain, prompt, sentences
 from stages.tasks._retrieval import Chunk, Index, chunks
 
 DOCUMENTS = True  # reads the corpus
@@ -178,5 +178,5 @@ def verify(prompt: dict, completion: str) -> float:
     if len(cited) == 1:
         span, sources = cited[0]
         return 0.5 * (plain(span) in (wanted, f"a {wanted}")) + 0.5 * (sources == [(0, check["source"])])
-    named = lambda words: re.search(rf"(?<!\w){re.escape(words)}(?!\w)", plain(completion)) is not None  # noqa: E731
-    return 0.25 if not cited and named(wanted) and not any(named(plain(other)) for other in check.get("others", [])) else 0.0
+    said, wrong = plain(completion), map(plain, check.get("others", []))
+    return 0.25 * (not cited and holds(said, wanted) and not any(holds(said, other) for other in wrong))

@@ -55,7 +55,9 @@ def teachers(values: dict[str, Any], where: str) -> dict[str, Teacher]:
     """Teachers by name from plain values. Raises ConfigError naming `where`.name.field."""
     for name, own in values.items():
         if not isinstance(own, dict):
-            raise ConfigError(f"{where}.{name}: {own!r} is no teacher; give its fields, e.g. {{model: m, url: http://127.0.0.1:8000/v1}}")
+            raise ConfigError(
+                f"{where}.{name}: {own!r} is no teacher; give its fields, e.g. {{model: m, url: http://127.0.0.1:8000/v1}}"
+            )
     found = {name: parse(Teacher, own, f"{where}.{name}") for name, own in values.items()}
     for name, teacher in found.items():
         if not teacher.model or not teacher.url.startswith(("http://", "https://")):
@@ -264,7 +266,9 @@ def _key(where: str, teacher: Teacher) -> str:
     found = os.environ.get(teacher.key, "").strip()  # a secret read from a file ends in a line end
     if not found or not found.isascii() or not found.isprintable():
         state = "no header of HTTP can carry" if found else "is not set"
-        raise CuveeError(f"{where}: the environment variable {teacher.key} (field key) {state}; export it with the API key")
+        raise CuveeError(
+            f"{where}: the environment variable {teacher.key} (field key) {state}; export it with the API key"
+        )
     return found
 
 

@@ -76,9 +76,13 @@ def test_citations_are_of_what_the_source_says(where):
 
 
 def test_citations_of_tools_count_calls_over_the_conversation():
-    tool = lambda *texts: {"role": "tool", "tool_call_id": "0", "content": [{"type": "text", "text": t} for t in texts]}  # noqa: E731
-    row = {"messages": [{"role": "user", "content": "q"}, tool("one red box"), tool("no", "two blue boxes")], "check": {"cites": [1, 1]}}
-    assert rewarded("citation", row, "<co>two</co: 1:[1]>", "<co>two</co: 0:[0]>", "<co>red</co: 0:[0]>") == [1.0, -1.0, 0.0]
+    tool = lambda call, *texts: {"role": "tool", "tool_call_id": call, "content": [{"type": "text", "text": t} for t in texts]}  # noqa: E731
+    calls = [{"id": name, "type": "function", "function": {"name": "search", "arguments": {}}} for name in "ab"]
+    one, two = tool("a", "one red box"), tool("b", "no", "two blue boxes")
+    for results in ((one, two), (two, one)):  # whichever came first
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+        row = {"messages": turns, "check": {"cites": [1, 1]}}
+        assert rewarded("citation", row, "<co>two</co: 1:[1]>", "<co>two</co: 0:[0]>", "<co>red</co: 0:[0]>") == [1.0, -1.0, 0.0]
     react = {"messages": [{"role": "user", "content": "Observation 0: [0] one red box\nObservation 1: [0] no [1] two blue boxes"}]}
     assert rewarded("citation", react, "<co>two</co: 1:[1]>", "<co>two</co: 1:[0]>") == [1.0, -1.0]
 
@@ -87,6 +91,12 @@ def test_json_fits_its_schema():
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     found = rewarded("schema", {"check": {"schema": schema}}, 'So: ```json\n{"n": 3}\n```', '{"n": "3"}', "[]", "n = 3", '{"n": 3')
     assert found == [1.0, 0.0, 0.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize("schema", [{"type": "integr"}, {"properties": 3}, {"properties": {"n": {"pattern": "("}}}, {"required": "n", "properties": [1]}])
+def test_a_schema_that_is_none_is_told(schema):
+    with pytest.raises(CuveeError, match="a prompt's JSON schema .* is none: "):
+        rewarded("schema", {"check": {"schema": schema}}, '{"n": "x"}', '["x"]')
 
 
 def test_calls_fit_their_tools():
