@@ -16,15 +16,22 @@ def together(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
 
 def open_store(conf: Any) -> Any:
     """The artifact store that `conf.store` names. Raises CuveeError when it can't be used."""
-    if conf.store.kind == "s3":
+    from stages.stage import ConfigError, parse, unknown
+    from stages.store.config import Config
+
+    chosen = parse(Config, dict(conf.store), "store")
+    if chosen.kind not in ("local", "s3"):
+        raise ConfigError(f"store.kind: {unknown(chosen.kind, ['local', 's3'])}")
+    if chosen.cache_gb < 0:
+        raise ConfigError(f"store.cache_gb: {chosen.cache_gb:g} is negative; give the size of the cache in GB, or 0 for no limit")
+    if chosen.kind == "s3":
         from stages.store.s3 import S3Store
 
-        cache = Path(conf.store.cache).expanduser() if conf.store.cache else shared_dir(conf) / "cache"
-        return S3Store(conf.store.uri, cache, conf.store.endpoint, conf.store.cache_gb)
-    from stages.stage import ConfigError
+        cache = Path(chosen.cache).expanduser() if chosen.cache else shared_dir(conf) / "cache"
+        return S3Store(chosen.uri, cache, chosen.endpoint, chosen.cache_gb)
     from stages.store.local import LocalStore
 
-    place = Path(conf.store.uri) if conf.store.uri else shared_dir(conf) / "store"
+    place = Path(chosen.uri) if chosen.uri else shared_dir(conf) / "store"
     if conf.cluster.get("volume") and not place.exists() and not shared_dir(conf).is_dir():
         raise ConfigError(f"store.uri={place} is on the volume of cluster={conf.cluster.name}, which is not mounted here at "
                           f"{shared_dir(conf)}; use cuvee submit, or a bucket: store=s3 store.uri=s3://bucket/prefix")

@@ -105,9 +105,9 @@ class Maker:
         folder.mkdir(parents=True, exist_ok=True)
         parents = {n.fingerprint: self.store.record(n.fingerprint) for n in node.parents}
         run = self.tracker.start(node, parents)
-        started = time.time()
+        started, held = time.time(), []
         try:
-            self._write_spec(node, folder, threads, parents)
+            self._write_spec(node, folder, threads, parents, held)
             self.store.restore(node.fingerprint, folder / "scratch", log)  # where another host had begun
             outcome = self._launch(node, folder, threads, self._watch(run, folder, log))
             if (table := folder / "out" / "samples.json").exists():
@@ -123,10 +123,10 @@ class Maker:
             self.tracker.fail(run)
             raise
         finally:
-            for parent in node.parents:
-                self.store.release(parent.fingerprint)
-        self.store.forget(node.fingerprint)
+            for fingerprint in held:
+                self.store.release(fingerprint)
         self.tracker.finish(run, record)
+        self.store.forget(node.fingerprint)
         for part in ("scratch", "spec.json"):  # the log stays
             path = folder / part
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -150,9 +150,13 @@ class Maker:
 
         return on_line
 
-    def _write_spec(self, node: Node, folder: Path, threads: int, parents: dict[str, Any]) -> None:
+    def _write_spec(self, node: Node, folder: Path, threads: int, parents: dict[str, Any], held: list[str]) -> None:
+        """held: gets the address of every artifact that was fetched, to be released."""
+
         def place(parent: Node) -> dict[str, Any]:
-            return {"path": str(self.store.fetch(parent.fingerprint)), "record": parents[parent.fingerprint]}
+            path = self.store.fetch(parent.fingerprint)
+            held.append(parent.fingerprint)
+            return {"path": str(path), "record": parents[parent.fingerprint]}
 
         spec = {
             "stage": node.stage, "name": node.name, "config": _plain(node.config), "inputs": node.map_inputs(place),

@@ -119,7 +119,8 @@ def try_left() -> None:
 
 
 def _do(mlflow: Mlflow, operation: dict[str, Any], again: bool) -> dict[str, str] | None:
-    """Do an operation; one that MLflow will never accept is given up with a warning."""
+    """Do an operation; one that MLflow will never accept, or another version of this program wrote, is given up with a
+    warning: it must not keep back all that comes after it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -127,8 +128,11 @@ def _do(mlflow: Mlflow, operation: dict[str, Any], again: bool) -> dict[str, str
     except MlflowException as error:
         if error.get_http_status_code() not in (400, 404):
             raise
-        logger.warning("MLflow refuses to %s %s: %s", operation["do"], operation["run"], redacted(error))
-        return None
+        reason: Exception = error
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = error
+    logger.warning("MLflow refuses to %s %s: %s: %s", operation["do"], operation["run"], type(reason).__name__, redacted(reason))
+    return None
 
 
 class Tracker:

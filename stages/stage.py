@@ -169,11 +169,12 @@ def _check_keys(section: Any, where: str) -> None:
 
 
 def _explain(error: Exception, config_type: type, where: str) -> str:
-    key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
+    key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "").removeprefix(f"{where}.")
     holder: Any = config_type
     *parents, leaf = key.split(".")
     for part in parents:
-        holder = {f.name: f for f in dataclasses.fields(holder)}[part].default_factory if holder else None
+        known = {f.name: f for f in dataclasses.fields(holder)} if dataclasses.is_dataclass(holder) else {}
+        holder = known[part].default_factory if part in known else None  # None: inside a dictionary
     fields = [f.name for f in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else []
     if fields and leaf not in fields:
         return f"{where}.{key}: {unknown(leaf, fields)}"

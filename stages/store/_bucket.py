@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stages.stage import CuveeError
@@ -63,8 +65,12 @@ class Bucket:
                         connect_timeout=10, read_timeout=60, request_checksum_calculation=own,
                         response_checksum_validation=own, s3={"payload_signing_enabled": True})  # fmt: skip
         self._quoted: bool | None = None
+        self._probing = threading.Lock()
         self.patience = FIRST_SECONDS
-        self.s3 = self.ask(lambda: boto3.session.Session().client("s3", endpoint_url=endpoint or None, config=config))
+        try:
+            self.s3 = self.ask(lambda: boto3.session.Session().client("s3", endpoint_url=endpoint or None, config=config))
+        except ValueError as error:
+            raise CuveeError(f"store.endpoint, AWS_ENDPOINT_URL: {error}; write it as http://host:port") from None
         self.ask(self.s3.list_objects_v2, Bucket=self.name, Prefix=self.key(""), MaxKeys=1)
         self.patience = PATIENCE_SECONDS
 
@@ -99,14 +105,14 @@ class Bucket:
         cut = len(self.key(""))
         yield from ((item["Key"][cut:], item) for item in found)
 
-    def get(self, name: str) -> tuple[bytes, str] | None:
+    def get(self, name: str, patience: float | None = None) -> tuple[bytes, str] | None:
         """(contents, ETag) of a small object, or None."""
 
         def read() -> tuple[bytes, str]:
             found = self.s3.get_object(Bucket=self.name, Key=self.key(name))
             return found["Body"].read(), found["ETag"]
 
-        return self.ask(read, MISSING)
+        return self.ask(read, MISSING, patience)
 
     def head(self, name: str) -> dict[str, Any] | None:
         return self.ask(self.s3.head_object, MISSING, Bucket=self.name, Key=self.key(name))
@@ -123,33 +129,40 @@ class Bucket:
         return answer["ETag"] if answer else ""
 
     def delete(self, *names: str) -> None:
-        for name in names:  # not DeleteObjects: Google's endpoint lacks it, and it wants a checksum that Ceph ignores
-            self.ask(self.s3.delete_object, Bucket=self.name, Key=self.key(name))
+        # Not DeleteObjects: Google's endpoint lacks it, and it wants a checksum that Ceph ignores.
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(lambda name: self.ask(self.s3.delete_object, Bucket=self.name, Key=self.key(name)), names))
 
     def check_conditions(self) -> None:
         """Raises CuveeError where the service ignores conditional writes; learns how it wants an ETag. Once a process."""
-        if self._quoted is not None:
-            return
-        probe = f"probes/{uuid.uuid4().hex}"
-        try:
-            etag = self.put(probe, b"1", absent=True)
-            etag = etag or (self.get(probe) or (b"", ""))[1]  # its answer was lost
-            kept = etag and not self.put(probe, b"2", absent=True) and not self.put(probe, b"2", replaces='"0"')
-            for self._quoted in (True, False) if kept else ():
-                self.put(probe, b"3", replaces=etag)
-                if (self.get(probe) or (b"", ""))[0] == b"3":
-                    kept = not self.put(probe, b"4", replaces=etag)
-                    break
-            else:
-                kept = ""
-        finally:
-            self.delete(probe)
+        with self._probing:
+            if self._quoted is not None:
+                return
+            kept = False
+            try:
+                kept = self._keeps_conditions(f"probes/{uuid.uuid4().hex}")
+            finally:
+                self._quoted = self._quoted if kept else None
         if not kept:
-            self._quoted = None
             raise CuveeError(
                 f"store.uri={self.uri}: this service ignores conditional writes (If-None-Match, If-Match of PUT), without "
                 "which two runs could write one artifact; use AWS S3, MinIO or Ceph, or a shared folder as store.uri"
             )
+
+    def _keeps_conditions(self, probe: str) -> bool:
+        """Whether an object of that name is only written where it should be; sets how an ETag is given."""
+        try:
+            etag = self.put(probe, b"1", absent=True)
+            etag = etag or (self.get(probe) or (b"", ""))[1]  # its answer was lost
+            if not etag or self.put(probe, b"2", absent=True) or self.put(probe, b"2", replaces='"0"'):
+                return False
+            for self._quoted in (True, False):
+                self.put(probe, b"3", replaces=etag)
+                if (self.get(probe) or (b"", ""))[0] == b"3":
+                    return not self.put(probe, b"4", replaces=etag)
+            return False
+        finally:
+            self.delete(probe)
 
 
 def passing(error: Exception) -> bool:

@@ -74,6 +74,8 @@ class LocalStore:
         if folder.exists():  # files of a publication that a crash cut off before its record
             shutil.rmtree(folder)
         shutil.move(out, folder)
+        for path in [*(p for p in folder.rglob("*") if p.is_file()), folder, folder.parent]:
+            records.sync(path)  # or a power failure could keep the record and lose what it names
         record = records.seal(record)
         records.write_atomic(folder / records.NAME, records.dumps(record))
         return record

@@ -7,12 +7,16 @@ all ancestors form a Merkle tree.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from stages.stage import CuveeError
 
 SCHEMA = 1
 NAME = "record.json"
@@ -69,20 +73,40 @@ def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The place of a file that came with the name `name` from elsewhere. Raises CuveeError where it is not in `folder`."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CuveeError(f"{name!r} is no file of {folder}: its name leads out of that folder; nothing was written")
+    return folder / name
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Return when a file's contents, or a folder's names, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that can't, for folders
+            raise
+    finally:
+        os.close(file)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """All of `data` under `path`, or nothing: survives a crash at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # other threads may write the same
     try:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def gateway():
 
 
 def wait_for(asked, count):
-    for _ in range(500):
+    for _ in range(12_000):
         if len(asked) >= count:
             return
         threading.Event().wait(0.01)
@@ -120,7 +120,7 @@ def test_a_gateway_that_is_down_costs_a_warning(monkeypatch, caplog):
     monkeypatch.setenv("CUVEE_PUSHGATEWAY", "http://127.0.0.1:9")
     monkeypatch.setattr(pushgateway, "EVERY", 0.01)
     tracker = pushgateway.pushing(Tracker(), "command_a", "run")
-    for _ in range(500):
+    for _ in range(12_000):
         if caplog.records:
             break
         threading.Event().wait(0.01)

@@ -148,11 +148,11 @@ class Cluster:
             kill(process, signal.SIGKILL)  # what it left behind ends with the container
             self.objects.update("pods", name, lambda it: ended(it, process.returncode))
         elif leaving:
-            asked = self.killed.setdefault(name, time.monotonic())
-            if asked + pod["spec"].get("terminationGracePeriodSeconds", 30) < time.monotonic():
-                kill(process, signal.SIGKILL)
-            elif time.monotonic() - asked < TICK:
+            if name not in self.killed:
+                self.killed[name] = time.monotonic()
                 process.send_signal(signal.SIGTERM)  # to the container's first process, as a kubelet does
+            elif time.monotonic() - self.killed[name] > pod["spec"].get("terminationGracePeriodSeconds", 30):
+                kill(process, signal.SIGKILL)
 
     def _schedule(self, pod: dict) -> None:
         alive = [node["metadata"]["name"] for node in self.objects.all("nodes") if node["metadata"]["name"] not in self.lost]

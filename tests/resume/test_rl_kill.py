@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from stages.run import AGAIN
 from stages.stage import Context, Kind, load, parse
+from stages.store.mirror import Mirror
 from tests.resume import trainer_run
+from tests.resume.test_another_host import KEYS, bucket  # noqa: F401 (a fixture)
 from tests.resume.test_trainer_parallel import FORKS
 from tests.unit.tiny import artifact, checkpoint, jsonl
 
@@ -23,8 +26,8 @@ VALUES = {
 }  # fmt: skip
 
 
-def main(root: Path, start: Path, prompts: Path, moment: str = "", number: int = 0) -> None:
-    """moment, number: SIGKILL when this is done for the number-th time (from 1)."""
+def main(root: Path, start: Path, prompts: Path, moment: str = "", number: int = 0, how: int = signal.SIGKILL, kept=None) -> None:
+    """moment, number: the signal `how` when this is done for the number-th time (from 1). kept: arguments of a Mirror."""
     import torch
 
     from stages.rollout.engines.transformers import Engine
@@ -32,6 +35,7 @@ def main(root: Path, start: Path, prompts: Path, moment: str = "", number: int =
     from stages.trainer import checkpoint as checkpoints
 
     torch.set_num_threads(1)
+    os.environ.update(KEYS)
     places = {
         "sync": (Engine, "sync_weights"), "sample": (Engine, "generate"), "write": (_rollouts, "write_jsonl"),
         "read": (_rollouts, "read_jsonl"), "save": (checkpoints, "_commit"),
@@ -39,14 +43,13 @@ def main(root: Path, start: Path, prompts: Path, moment: str = "", number: int =
     if moment:
         owner, name = places[moment]
         done, count = getattr(owner, name), iter(range(1, 1000))
-        dies = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else done(*a, **k)  # noqa: E731
-        setattr(owner, name, dies)
+        setattr(owner, name, lambda *a, **k: next(count) == number and os.kill(os.getpid(), how) or done(*a, **k))
     stage = load("train.rl")
     inputs = {"init": artifact(start, Kind.CHECKPOINT), "prompts": {"math": artifact(prompts, Kind.PROMPTS)}}
-    stage.run(parse(stage.Config, VALUES, "rl"), inputs, root / "out", Context(root / "scratch"))
+    stage.run(parse(stage.Config, VALUES, "rl"), inputs, root / "out", Context(root / "scratch", mirror=kept and Mirror(**kept)))
 
 
-def run(root: Path, *arguments, seconds: float = 100) -> int:
+def run(root: Path, *arguments, seconds: float = 600) -> int:
     """The exit status; ended by SIGKILL after `seconds`."""
     for name in ("out", "scratch"):
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -74,13 +77,26 @@ def outcome(root: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted((root / "out").iterdir())}
 
 
-def test_killed_at_named_and_at_random_moments(tmp_path, inputs):
-    assert run(tmp_path / "whole", *inputs) == 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, inputs):
+    root = tmp_path_factory.mktemp("whole")
+    assert run(root, *inputs) == 0
+    return root
+
+
+def test_killed_at_named_and_at_random_moments(tmp_path, inputs, whole):
     root, rng = tmp_path / "killed", random.Random(0)
     moments = [("sync", 2), ("sample", 1), ("write", 1), ("save", 1), ("read", 2), ("save", 2)]
     for moment in moments:
         assert run(root, *inputs, *moment) == -signal.SIGKILL, moment
     run(root, *inputs, seconds=rng.uniform(1, 3))
     assert run(root, *inputs) == 0
-    assert outcome(root) == outcome(tmp_path / "whole")
+    assert outcome(root) == outcome(whole)
     assert {"model.safetensors", "rollouts.jsonl", "samples.json"} <= set(outcome(root))
+
+
+def test_another_host_goes_on_with_the_same_rollouts(tmp_path, inputs, whole, bucket):  # noqa: F811
+    assert run(tmp_path / "first", *inputs, "read", 2, signal.SIGTERM, bucket) == AGAIN
+    assert Mirror(**bucket).pull(tmp_path / "second/scratch").name == "0000000003"
+    assert run(tmp_path / "second", *inputs) == 0
+    assert outcome(tmp_path / "second") == outcome(whole)

@@ -10,7 +10,7 @@ import pytest
 
 from stages.stage import Context, Kind, load, parse
 from tests.resume.test_trainer_parallel import FORKS, losses, port
-from tests.unit.tiny import artifact, checkpoint, jsonl
+from tests.unit.tiny import artifact, checkpoint, hosting, jsonl
 
 VALUES = {
     "sequence_length": 128, "steps": 3, "batch_groups": 6, "completions": 3, "max_new_tokens": 6, "lr": 1e-3,
@@ -45,7 +45,7 @@ def launch(world: int, root: Path, *paths: Path, **changes) -> Path:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(600)
     assert [process.exitcode for process in ranks] == [0] * world
     return root
 
@@ -74,22 +74,11 @@ def test_two_processes_equal_one(tmp_path, inputs):
 
 
 def test_one_process_asks_a_server_for_both(tmp_path, inputs):
-    import threading
-
-    import uvicorn
-
     from flows.serve import app
 
-    config = uvicorn.Config(app(inputs[0], "tiny", rollouts=True), host="127.0.0.1", port=port(), log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        options = {"url": f"http://127.0.0.1:{config.port}/v1", "tolerance": 1e-3}
+    with hosting(app(inputs[0], "tiny", rollouts=True)) as address:
+        options = {"url": f"{address}/v1", "tolerance": 1e-3}
         root = launch(2, tmp_path / "2", *inputs, engine="openai", engine_options=options)
-    finally:
-        server.should_exit = True
-        thread.join()
     asked = [json.loads((root / f"asked-{rank}.json").read_text()) for rank in range(2)]
     assert asked == [[12, 12], []] and len(losses(root)) == 3
     rows = [json.loads(line) for line in (root / "out/rollouts.jsonl").read_text().splitlines()]

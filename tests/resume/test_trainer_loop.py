@@ -226,7 +226,7 @@ def test_the_next_batch_is_built_while_a_step_runs(tmp_path, words):
 
     def objective(packed):
         step = len([e for e in reached.values() if e.is_set()])
-        assert step == 12 or reached[step - 1].wait(10)
+        assert step == 12 or reached[step - 1].wait(120)
         return ce.loss(packed, ce.Config())
 
     stream.batch = batch

@@ -52,7 +52,7 @@ def launch(world: int, root: Path, words: Path, **options) -> list[int]:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(600)
     return [process.exitcode for process in ranks]
 
 

@@ -124,7 +124,7 @@ def slow_writer(stream: Counting, steps: int) -> None:
         while stream.asked.acquire(blocking=False):
             pass
         for _ in range(steps):
-            stream.asked.acquire(timeout=5)
+            stream.asked.acquire(timeout=120)
         return write(self, *args)
 
     Checkpoints._write = later

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool")
-START_SECONDS = 90
+START_SECONDS = 300
 CONF = """[global]
 fsid = {fsid}
 mon_host = [v2:127.0.0.1:{mon}]

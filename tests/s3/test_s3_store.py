@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import boto3
 import botocore.auth
@@ -59,6 +61,13 @@ def artifact(folder, seed=0, size=11_000_000, name="base"):
     return out, {"fingerprint": records.fingerprint("x.y", "1", config, {}, {}), "name": name, "kind": "checkpoint",
                  "stage": "x.y", "version": "1", "config": config, "external": {}, "inputs": {}, "seed": seed,
                  "files": records.digest_files(out), "metrics": {}, "ended": "2026-01-01T00:00:00.000+00:00", "seconds": 1.0}
+
+
+def until(true):
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def every_second(fault, *methods):
@@ -180,34 +189,51 @@ def test_of_rivals_for_a_lease_one_holds_it(uri, endpoint, tmp_path, fault):
     assert most == [1] * 4
 
 
-def test_a_silent_holder_is_replaced_by_one_of_two_and_learns_of_it(store, monkeypatch, tmp_path):
-    """By the waiters' own clocks: what the holder's or the server's say does not matter. The heartbeat counts."""
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+def test_a_silent_holder_is_replaced_by_one_of_two_and_learns_of_it(store, monkeypatch):
+    """By the waiters' own clock: what the holder's or the server's say does not matter. The heartbeat counts, and only
+    while somebody could look."""
+    now = [0.0]
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(lease, "is_gone", lambda holder: False)
-    holder = store.lease("f" * 32)
+    monkeypatch.setattr(lease.Lease, "_beat", lambda self: None)  # here it beats when it is told to
+    holder, *waiters = (store.lease("f" * 32) for _ in range(3))
     assert holder.acquire()
-    waiters = [store.lease("f" * 32) for _ in range(2)]
-    for waiter in waiters:
-        waiter.expiry = 0.4
-    deadline = 8
-    for _ in range(deadline):  # a beating holder keeps it for longer than the expiry
-        assert not any(waiter.acquire() for waiter in waiters)
-        threading.Event().wait(0.1)
-    holder._stop.set()  # it hangs
-    holder._beater.join()
-    assert not any(waiter.acquire() for waiter in waiters)
-    threading.Event().wait(0.5)
+
+    def looks(seconds):
+        now[0] += seconds
+        return [waiter.acquire() for waiter in waiters]
+
+    for _ in range(20):  # a beating holder keeps it for longer than the expiry
+        assert holder._still_mine() and looks(4) == [False, False]
+    for _ in range(13):
+        assert looks(4) == [False, False]
+    assert looks(3600) == [False, False]  # an outage: nobody could see a heartbeat
+    now[0] += 4
     with ThreadPoolExecutor(2) as pool:
         won = list(pool.map(lambda waiter: waiter.acquire(), waiters))
     assert sorted(won) == [False, True]
     assert not holder._still_mine()
     holder.release(done=True)
     winner = waiters[won.index(True)]
-    winner._stop.set()  # a lease's heartbeats come from one thread: this one asks now
-    winner._beater.join()
     assert winner._still_mine()
     winner.release()
     assert store.lease("f" * 32).acquire()
+
+
+def test_a_holder_beats_by_itself_also_after_an_outage(uri, endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    down = threading.Event()
+    with Proxy(endpoint, lambda method, path: DOWN if down.is_set() else "") as proxy:
+        holder = S3Store(uri, tmp_path / "cache", proxy.endpoint).lease("f" * 32)
+        bucket = Bucket(uri, endpoint)
+        with holder:
+            for broken in (False, True):
+                if broken:
+                    down.set()
+                    until(lambda: proxy.seen[-1][2] == DOWN)
+                    down.clear()
+                beat = bucket.get(holder.name)
+                until(lambda beat=beat: bucket.get(holder.name) != beat)
 
 
 def test_a_service_without_conditional_writes_is_refused(moto, monkeypatch, tmp_path):
@@ -301,7 +327,14 @@ def checkpoint(scratch, step, blocks):
         (folder / name).write_bytes(block)
     (folder / "commit.json").write_text(json.dumps({"progress": {"step": step}}))
     (scratch / "metrics.jsonl").write_text("".join(f'{{"step": {s}}}\n' for s in range(1, step + 1)))
+    (scratch / "rollouts").mkdir(exist_ok=True)
+    (scratch / "rollouts" / "block-1.jsonl").write_text("rows")
+    (scratch / "rollouts" / "weights.bin").write_text("made again where they are needed")
     return folder
+
+
+def send(kept, folder):
+    kept.seal(folder.name, kept.send(folder, [path.name for path in folder.iterdir()]))
 
 
 def test_checkpoints_go_on_at_another_host(uri, endpoint, tmp_path, monkeypatch):
@@ -311,17 +344,22 @@ def test_checkpoints_go_on_at_another_host(uri, endpoint, tmp_path, monkeypatch)
     with Proxy(endpoint, every_second(LOST_ANSWER, "PUT")) as proxy:
         kept = mirror.Mirror(uri, proxy.endpoint, "f" * 32)
         for step, block in ((2, first), (4, second), (6, first)):
-            kept.push(checkpoint(here, step, {"a.distcp": same, "b.distcp": block}))
-            kept.wait()
+            send(kept, checkpoint(here, step, {"a.distcp": same, "b.distcp": block}))
+    with Proxy(endpoint) as proxy:
+        kept = mirror.Mirror(uri, proxy.endpoint, "f" * 32)
+        kept.send(here / "checkpoints" / f"{6:010d}", ["a.distcp", "b.distcp", "commit.json"])
+        assert not [path for method, path, _ in proxy.seen if method == "PUT"]  # nothing new
     bucket = Bucket(uri, endpoint)
     kept = mirror.Mirror(uri, endpoint, "f" * 32, bucket)
-    assert mirror.push_checkpoint(bucket, kept.base, here / "checkpoints" / f"{6:010d}") == 0  # nothing new
     names = [name.removeprefix(kept.base) for name, _ in bucket.names(kept.base)]
     assert [name for name in names if "/" not in name] == [f"{step:010d}.json" for step in (4, 6)]
+    assert len(names) == 2 + len(chunks_of(bucket, kept.base))  # what no manifest names is gone
     restored = mirror.Mirror(uri, endpoint, "f" * 32).pull(there)
     assert restored == there / "checkpoints" / f"{6:010d}"
     assert records.digest_files(restored) == records.digest_files(here / "checkpoints" / f"{6:010d}")
-    assert (there / "metrics.jsonl").read_bytes() == (here / "metrics.jsonl").read_bytes()
+    for beside in ("metrics.jsonl", "rollouts/block-1.jsonl"):
+        assert (there / beside).read_bytes() == (here / beside).read_bytes()
+    assert sorted(path.name for path in there.iterdir()) == ["checkpoints", "metrics.jsonl", "rollouts"]
     assert mirror.Mirror(uri, endpoint, "f" * 32).pull(there) is None  # as new a one is there
 
     damaged = f"{kept.base}chunks/{hashlib.sha256(first[:1000]).hexdigest()}"
@@ -333,11 +371,9 @@ def test_checkpoints_go_on_at_another_host(uri, endpoint, tmp_path, monkeypatch)
     assert list(bucket.names(kept.base)) == []
 
 
-def test_a_bucket_that_is_gone_does_not_stop_the_training(endpoint, tmp_path):
-    kept, lines = mirror.Mirror("s3://no-such-bucket/p", endpoint, "f" * 32), []
-    kept.push(checkpoint(tmp_path, 2, {"a": b"1"}), lines.append)
-    kept.wait()
-    assert len(lines) == 1 and "step 2 stays on this host: " in lines[0] and "NoSuchBucket" in lines[0]
+def chunks_of(bucket, base):
+    tables = [json.loads(bucket.get(name)[0]) for name, _ in bucket.names(base) if name.endswith(".json")]
+    return {digest for table in tables for digests in table.values() for digest in digests}
 
 
 def test_a_manifest_can_not_escape_its_folder(store, tmp_path):
@@ -346,24 +382,40 @@ def test_a_manifest_can_not_escape_its_folder(store, tmp_path):
     store.bucket.put(f"{base}chunks/{digest}", b"evil")
     for name in ("../../../evil", "/evil", "a/../../evil"):
         store.bucket.put(f"{base}0000000001.json", records.canonical({name: [digest]}))
-        with pytest.raises(CuveeError, match="outside the checkpoint"):
+        with pytest.raises(CuveeError, match="leads out of that folder"):
             mirror.pull_checkpoint(store.bucket, base, "0000000001", tmp_path / "scratch")
+    store.bucket.put(f"{base}0000000001.json", records.canonical({"evil": [digest]}))
+    with pytest.raises(CuveeError, match="names no committed checkpoint"):
+        mirror.pull_checkpoint(store.bucket, base, "0000000001", tmp_path / "scratch")
     assert not list(tmp_path.rglob("evil"))
 
 
+def test_an_artifact_can_not_escape_its_folder(store, tmp_path):
+    out, record = artifact(tmp_path, size=10)
+    store.publish(out, record)
+    changed = store.record(record["fingerprint"]) | {"files": {"../../evil": {"sha256": "0" * 64, "size": 4}}}
+    store.bucket.put(f"artifacts/{record['fingerprint']}/{records.NAME}", records.dumps(changed))
+    store._records.clear()
+    with pytest.raises(CuveeError, match="'../../evil' is no file of .* leads out of that folder"):
+        store.fetch(record["fingerprint"])
+
+
 class Evil:
+    def __init__(self, folder):
+        self.folder = str(folder)
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/never-made-by-a-checkpoint",)
+        return os.mkdir, (self.folder,)
 
 
 def test_a_checkpoint_from_a_bucket_can_not_run_code(store, tmp_path):
-    folder = checkpoint(tmp_path / "here", 1, {".metadata": pickle.dumps(Evil())})
+    folder = checkpoint(tmp_path / "here", 1, {".metadata": pickle.dumps(Evil(tmp_path / "evil"))})
     kept = mirror.Mirror("", "", "f" * 32, store.bucket)
-    mirror.push_checkpoint(store.bucket, kept.base, folder)
+    send(kept, folder)
     lines = []
     assert kept.pull(tmp_path / "there", lines.append) is None
     assert "names posix.mkdir, which no checkpoint needs" in lines[0]
-    assert not os.path.exists("/tmp/never-made-by-a-checkpoint") and not list((tmp_path / "there" / "checkpoints").iterdir())
+    assert not (tmp_path / "evil").exists() and not list((tmp_path / "there").iterdir())
 
 
 def test_aliases_and_lineage_through_a_bucket(store, uri, endpoint, tmp_path):

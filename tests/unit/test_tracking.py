@@ -1,18 +1,34 @@
-"""The tracker before an MLflow that is there, dies, or was never there."""
+"""The tracker before an MLflow that is there, goes away, or was never there."""
 
-import os
+import shutil
+import threading
 import time
 from types import SimpleNamespace
 
 import mlflow
 import pytest
+from werkzeug.serving import make_server
 
 from flows import services, tracking
 from flows.graph import Node
 from stages import stage as stages
 from stages.store import record as records
+from tests.s3.proxy import DOWN, LOST_ANSWER, Proxy
 
 CONF = SimpleNamespace(recipe=SimpleNamespace(name="a_recipe", registered=["base"]))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A new database of MLflow's."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def database(template, tmp_path):
+    return lambda name: shutil.copy(template, tmp_path / name)
 
 
 @pytest.fixture(autouse=True)
@@ -51,42 +67,54 @@ def runs(uri):
     return client, {run.info.run_name: run for run in client.search_runs([experiment])}, len(client.search_runs([experiment]))
 
 
-def test_a_server_killed_in_the_middle_loses_nothing_and_holds_nothing_up(state, monkeypatch):
-    port, log = services.free_port(), state / "mlflow.log"
-    url = f"http://127.0.0.1:{port}"
+@pytest.fixture
+def server(state, database, monkeypatch):
+    """MLflow's own server, on SQLite: (its address, the database's)."""
+    from mlflow.server import app, handlers
 
-    def serve():
-        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # to the server it would be the database
-        process = services.start_mlflow(port, log)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
-        services.wait_for(process, f"{url}/health", log, "MLflow")
-        return process
+    uri = f"sqlite:///{database('server.db')}"
+    for name, value in {"_MLFLOW_SERVER_FILE_STORE": uri, "_MLFLOW_SERVER_ARTIFACT_ROOT": (state / "files").as_uri()}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(handlers, "_tracking_store", None)  # another test's
+    http = make_server("127.0.0.1", 0, app, threaded=True)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}", uri
+    http.shutdown()
+    http.server_close()
 
-    server = serve()  # keeps its runs in SQLite in the state directory
-    try:
+
+def test_a_server_that_is_gone_for_a_while_loses_nothing_and_holds_nothing_up(state, server, monkeypatch):
+    down, ends, lost = threading.Event(), threading.Event(), iter([LOST_ANSWER])
+
+    def fault(method, path):
+        if down.is_set():
+            return DOWN
+        return next(lost, "") if path.endswith("runs/create") and ends.is_set() else ""
+
+    with Proxy(server[0], fault) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)
         tracker = tracking.Tracker(CONF, "flow-1", 2)
         corpus = tracker.start(CORPUS, {})
         tracker.progress(corpus, steps(1, 5))
         first = published(CORPUS, tracker, corpus)
         assert first["mlflow"]["run_id"]
-        os.killpg(server.pid, 9)
-        server.wait()
+        down.set()
         tracker.progress(corpus, steps(6, 10))
         deadline = time.monotonic() + 60
         while not tracker._down:
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.02)
         began = time.monotonic()
         tokenizer = tracker.start(TOKENIZER, {CORPUS.fingerprint: first})
         second = published(TOKENIZER, tracker, tokenizer)
         tracker.finish(corpus, first)
         tracker.finish(tokenizer, second)
-        assert second["mlflow"] is None and time.monotonic() - began < 1
-        server = serve()
+        assert second["mlflow"] is None and time.monotonic() - began < tracking.ADDRESS_SECONDS / 2
+        ends.set()
+        down.clear()
         tracker.close()
-    finally:
-        services.stop(server)
-    client, found, count = runs(f"sqlite:///{state / 'mlflow.db'}")
+        assert {happened for *_, happened in proxy.seen} >= {DOWN, LOST_ANSWER}
+    client, found, count = runs(server[1])
     assert count == 3 and {run.info.status for run in found.values()} == {"FINISHED"}
     history = client.get_metric_history(found["corpus"].info.run_id, "loss")
     assert sorted({point.step for point in history}) == list(range(1, 11))
@@ -95,7 +123,7 @@ def test_a_server_killed_in_the_middle_loses_nothing_and_holds_nothing_up(state,
     assert not list((state / "tracking").iterdir())
 
 
-def test_what_a_run_could_not_tell_the_next_one_tells_once(state, monkeypatch, caplog):
+def test_what_a_run_could_not_tell_the_next_one_tells_once(state, database, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:canary-7731@127.0.0.1:{services.free_port()}")
     tracker = tracking.Tracker(CONF, "flow-1", 3)
     run = tracker.start(MODEL, {parent.fingerprint: {"name": parent.name, "fingerprint": parent.fingerprint,
@@ -109,10 +137,12 @@ def test_what_a_run_could_not_tell_the_next_one_tells_once(state, monkeypatch, c
     assert "is kept in" in caplog.text and "canary-7731" not in caplog.text
     (journal,) = (state / "tracking").glob("*.jsonl")
     with open(journal, "ab") as file:
+        file.write(b'{"do": "of another version", "run": "' + run.id.encode() + b'"}\n')
         file.write(b'{"do": "metrics", "run": "cut o')  # by a kill
-    uri = f"sqlite:///{state / 'other.db'}"
+    uri = f"sqlite:///{database('other.db')}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     tracking.deliver_left()
+    assert "MLflow refuses to of another version" in caplog.text
     tracking.deliver_left()
     client, found, count = runs(uri)
     assert count == 3 and found["base"].info.status == "FINISHED" and found["corpus"].info.status == "KILLED"
@@ -122,8 +152,8 @@ def test_what_a_run_could_not_tell_the_next_one_tells_once(state, monkeypatch, c
     assert not list((state / "tracking").glob("*"))
 
 
-def test_an_operation_whose_answer_was_lost_is_not_done_twice(state, monkeypatch):
-    uri = f"sqlite:///{state / 'mlflow.db'}"
+def test_an_operation_whose_answer_was_lost_is_not_done_twice(database, monkeypatch):
+    uri = f"sqlite:///{database('mlflow.db')}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     done = tracking.Mlflow({})
     operations = [{"do": "open", "run": "flow", "recipe": "a_recipe", "flow_run": "f", "attempt": "a", "title": "t"},
