@@ -147,6 +147,8 @@ def test_copg_with_rewards_half_apart_is_ipo_times_beta_squared():
             sequence.update(reward=chosen / 2, chosen=chosen)
     ipo = value("ipo", groups, beta=0.2, average=False)
     assert value("copg", groups, beta=0.2, rescale=False) == pytest.approx(0.2**2 * ipo, rel=1e-5)
+    rescaled = value("ipo", groups, beta=0.2, average=False, rescale=True)
+    assert value("copg", groups, beta=0.2) == pytest.approx(rescaled, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
