@@ -153,6 +153,8 @@ def state(
     value: a parameter -> its FP32 value on this rank, e.g. the optimizer's main weight.
     """
     parameters, group = by_name(model), parallel_state.get_tensor_model_parallel_group()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    held = _names(parameters, pipeline)
     found: dict[str, Tensor] = {}
     for row in rows:
         whole = _part(parameters, row, value)
@@ -160,7 +162,11 @@ def state(
             parts = [torch.empty_like(whole) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, whole.contiguous(), group=group)
             whole = torch.cat(parts, row.split)
-        for name, tensor in zip(row.hf, row.divide(_from_owner(whole, row)), strict=True):
+        if len(held) > 1:
+            device = next(iter(parameters.values())).device
+            whole = torch.empty(row.whole, device=device) if whole is None else whole.contiguous()
+            dist.broadcast(whole, group=pipeline, group_src=[row.name in names for names in held].index(True))
+        for name, tensor in zip(row.hf, row.divide(whole), strict=True):
             found[name] = tensor.clone()
     return found
 
@@ -187,8 +193,7 @@ def _to_first(
     """Every Hugging Face tensor in the table's order, whole, FP32, in host memory of rank 0 alone, to which the others send
     what they hold."""
     group = parallel_state.get_model_parallel_group()
-    here, held = dist.get_rank(group), [None] * dist.get_world_size(group)
-    dist.all_gather_object(held, set(parameters), group=group)
+    here, held = dist.get_rank(group), _names(parameters, group)
     for row in rows:
         part = _part(parameters, row, value)
         holders = [rank for rank, names in enumerate(held) if row.name in names]
@@ -204,6 +209,13 @@ def _to_first(
                 dist.recv(received, group=group, group_src=holder)
         whole = torch.cat(parts, row.split) if len(parts) > 1 else parts[0]
         yield from zip(row.hf, row.divide(whole), strict=True)
+
+
+def _names(parameters: dict[str, Parameter], group: Any) -> list[set[str]]:
+    """The parameters that each rank of `group` holds."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, set(parameters), group=group)
+    return found
 
 
 def _part(parameters: dict[str, Parameter], row: Row, value: Callable[[Parameter], Tensor]) -> Tensor | None:
@@ -262,18 +274,3 @@ def by_name(model: Model | list[Model]) -> dict[str, Parameter]:
             local, _, rest = tail.partition(".")
             found[f"decoder.layers.{numbers[local]}.{rest}" if not head and tail else name] = parameter
     return found
-
-
-def _from_owner(whole: Tensor | None, row: Row) -> Tensor:
-    """`whole` on every pipeline rank, from the first one that has it."""
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return whole
-    group = parallel_state.get_pipeline_model_parallel_group()
-    has = torch.zeros(dist.get_world_size(group))
-    has[dist.get_rank(group)] = whole is not None
-    dist.all_reduce(has, group=group)
-    owner = dist.get_global_rank(group, int(has.argmax()))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    whole = torch.empty(row.whole, device=device) if whole is None else whole.contiguous()
-    dist.broadcast(whole, owner, group=group)
-    return whole
