@@ -157,6 +157,25 @@ class Scores:
         return self._of(self.tables[1], groups)
 
 
+@pytest.mark.parametrize("name", ["copg", "grpo", "rloo", "mdloo"])
+def test_kl_is_that_of_the_policy_to_the_reference_whoever_sampled(name):
+    """Exact where arms come as often as the sampler draws them, be it the policy, the reference or a third one; log_ratio
+    is of either sign."""
+    policy, reference = np.array([0.25, 0.625, 0.125]), np.array([0.5, 0.25, 0.25])
+    expected = (policy * np.log(policy / reference)).sum()
+    for counts in ((2, 5, 1), (4, 2, 2), (1, 1, 6)):
+        old = np.log(np.array(counts) / 8)
+        group = [{"logp": [math.log(policy[a])], "ref": [math.log(reference[a])], "old": [old[a]], "reward": float(a)}
+                 for a in np.repeat(range(3), counts)]  # fmt: skip
+        objective = stage.resolve("objectives", name)
+        batch, _ = pack([group], objective, torch.float64)
+        batch.behaviour = torch.tensor([s["old"][0] for s in group], dtype=torch.float64)  # CoPG does without, but has it
+        found = objective.loss(batch, objective.Config()).metrics
+        metrics = {key: float(found[key][0] / found[key][1]) for key in ("kl", "log_ratio")}
+        assert metrics["kl"] == pytest.approx(expected, rel=1e-9)
+        assert metrics["log_ratio"] == pytest.approx((np.array(counts) / 8 * np.log(policy / reference)).sum())
+
+
 def test_kto_baseline_is_the_mean_ratio_of_mismatched_pairs():
     groups = [[make_sequence([i, 9], [10 + 3 * i + j, 20 + i], reward=j) for j in range(2)] for i in range(3)]
     assert [s.tokens.tolist() for (s,) in kto.mismatched(groups)[:3]] == [[0, 9, 13, 21], [0, 9, 14, 21], [1, 9, 16, 22]]
