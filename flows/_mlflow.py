@@ -14,6 +14,7 @@ from typing import Any
 
 from flows.config import state_dir
 from flows.graph import Node
+from flows.lineage import flatten
 from stages.stage import Kind
 from stages.store import record as records
 
@@ -35,7 +36,7 @@ def described(node: Node, parents: dict[str, Any]) -> dict[str, Any]:
         inputs.append({"arg": arg, "name": record["name"], "fingerprint": record["fingerprint"],
                        "digest": record["digest"], "mlflow": record.get("mlflow")})
     return {"name": node.name, "stage": node.stage, "fingerprint": node.fingerprint, "kind": node.kind.value,
-            "params": [[key, str(value)[:VALUE_LENGTH]] for key, value in _flatten(node.identity)], "inputs": inputs}
+            "params": [[key, str(value)[:VALUE_LENGTH]] for key, value in flatten(node.identity).items()], "inputs": inputs}
 
 
 class Mlflow:
@@ -167,8 +168,8 @@ class Mlflow:
     def fail(self, run: str, again: bool, status: str = "FAILED") -> None:
         self._client.set_terminated(self.results[run]["run_id"], status)
 
-    def close(self, run: str, again: bool) -> None:
-        self._client.set_terminated(self.results[run]["run_id"])
+    def close(self, run: str, again: bool, status: str = "FINISHED") -> None:
+        self._client.set_terminated(self.results[run]["run_id"], status)
 
     def _register(self, record: dict[str, Any], address: dict[str, str]) -> None:
         """A new version of the recipe's registered model, with the artifact's name as its alias."""
@@ -196,16 +197,6 @@ def _note(node: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
         label = f"[{one['name']}](#/runs/{run})" if run else one["name"]
         lines.append(f"- {one['arg']}: {label} `{one['fingerprint'][:12]}`")
     return "\n".join(lines)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found += _flatten(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value))
-    return found
 
 
 def _milliseconds(iso: str) -> int:

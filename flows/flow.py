@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, get_run_logger, runtime, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -82,7 +82,7 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
         record = maker.make(node, threads, order[name], on_line)
         progress.done(name, record, skipped=done_before)
 
-    futures = {}
+    futures, done = {}, False
     previous = _on_interrupt(maker)
     try:
         for node in nodes:
@@ -97,12 +97,13 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
         if failures or any(not f.state.is_completed() for f in futures.values()):
             raise _first(errors)
         shown.result(store, nodes)
+        done = True
     except BaseException:
         maker.cancel()
         raise
     finally:
         signal.signal(signal.SIGINT, previous)
-        tracker.close()
+        tracker.close(failed=not done)
         launcher.close()
 
 
@@ -158,7 +159,9 @@ def start(overrides: list[str], until: list[str]) -> None:
 
     try:
         chosen, rest = split(overrides, GROUPS)
-        cuvee(**chosen, overrides=rest, until=until)
+        recipe, *place = (chosen.get(group, default(group)) for group in GROUPS)
+        with tags("cuvee", recipe):  # as the deployments have
+            cuvee.with_options(flow_run_name=" ".join([recipe, *place]))(**chosen, overrides=rest, until=until)
     except Cancelled:
         raise KeyboardInterrupt from None
     finally:

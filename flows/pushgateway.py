@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from concurrent.futures import Future
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, delete_from_gateway, push_to_gateway
@@ -50,7 +49,7 @@ class Pushing:
         self._gauges = {key: (Gauge(name, about, LABELS, registry=self._registry), factor)
                         for key, name, about, factor in SERIES}
         self._stages = Gauge(STAGES, "Stages of this run", ("recipe", "state"), registry=self._registry)
-        self._running: dict[Future, str] = {}
+        self._running: dict[Any, str] = {}  # a tracker's run -> the stage's name
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._push_often, name="pushgateway", daemon=True)
         self._thread.start()
@@ -58,35 +57,35 @@ class Pushing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tracker, name)
 
-    def start(self, node: Any, parents: dict[str, Any]) -> Future:
+    def start(self, node: Any, parents: dict[str, Any]) -> Any:
         run = self._tracker.start(node, parents)
         self._running[run] = node.name
         self._stages.labels(self._recipe, "running").inc()
         return run
 
-    def progress(self, run: Future, points: list[dict[str, float]]) -> None:
+    def progress(self, run: Any, points: list[dict[str, float]]) -> None:
         self._tracker.progress(run, points)
         for point in points:
             for key in point.keys() & self._gauges.keys():
                 gauge, factor = self._gauges[key]
                 gauge.labels(self._recipe, self._running[run]).set(point[key] * factor)
 
-    def finish(self, run: Future, record: dict[str, Any]) -> None:
+    def finish(self, run: Any, record: dict[str, Any]) -> None:
         self._tracker.finish(run, record)
         self._end(run, "made")
 
-    def fail(self, run: Future) -> None:
+    def fail(self, run: Any) -> None:
         self._tracker.fail(run)
         self._end(run, "failed")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Deliver what the tracker has, then take this run's gauges from the gateway: they would stand there forever."""
-        self._tracker.close()
+        self._tracker.close(failed)
         self._closed.set()
         self._thread.join()
         self._ask(delete_from_gateway)
 
-    def _end(self, run: Future, state: str) -> None:
+    def _end(self, run: Any, state: str) -> None:
         name = self._running.pop(run)
         self._stages.labels(self._recipe, "running").dec()
         self._stages.labels(self._recipe, state).inc()

@@ -176,8 +176,9 @@ class Tracker:
         run.ready.wait(0 if self._down else ADDRESS_SECONDS)
         return {k: v for k, v in run.address.items() if k != "experiment"} if run.address else None
 
-    def close(self) -> None:
-        self._put(Run("flow"), "close")
+    def close(self, failed: bool) -> None:
+        """Deliver what is queued, while MLflow answers. failed: whether the flow did."""
+        self._put(Run("flow"), "close", status="FAILED" if failed else "FINISHED")
         self._queue.put(None)
         self._closing.set()
         self._thread.join()

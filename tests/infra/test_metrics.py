@@ -39,8 +39,8 @@ class Tracker:
     def fail(self, run):
         self.told.append("failed")
 
-    def close(self):
-        self.told.append("closed")
+    def close(self, failed):
+        self.told.append(f"closed, failed: {failed}")
 
     def address(self, run):
         return {"run_id": "r"}
@@ -111,9 +111,9 @@ def test_what_a_stage_tells_is_pushed_and_taken_away_at_the_end(gateway, monkeyp
     found = values(asked[-1][3])
     assert found == {("cuvee_stages", "running"): 0, ("cuvee_stages", "made"): 1, ("cuvee_stages", "failed"): 1}
     assert tracker.address(run) == {"run_id": "r"}
-    tracker.close()
+    tracker.close(failed=True)
     assert asked[-1][0] == "DELETE" and asked[-1][1] == "/metrics/job/cuvee/flow_run/run-1"
-    assert inner.told == [*points, {"name": "pretrained"}, "failed", "closed"]
+    assert inner.told == [*points, {"name": "pretrained"}, "failed", "closed, failed: True"]
 
 
 def test_a_gateway_that_is_down_costs_a_warning(monkeypatch, caplog):
@@ -125,7 +125,7 @@ def test_a_gateway_that_is_down_costs_a_warning(monkeypatch, caplog):
             break
         threading.Event().wait(0.01)
     threading.Event().wait(0.1)
-    tracker.close()
+    tracker.close(failed=False)
     assert len(caplog.records) == 1 and "127.0.0.1:9" in caplog.text
 
 

@@ -112,7 +112,7 @@ def test_a_server_that_is_gone_for_a_while_loses_nothing_and_holds_nothing_up(st
         assert second["mlflow"] is None and time.monotonic() - began < tracking.ADDRESS_SECONDS / 2
         ends.set()
         down.clear()
-        tracker.close()
+        tracker.close(failed=False)
         assert {happened for *_, happened in proxy.seen} >= {DOWN, LOST_ANSWER}
     client, found, count = runs(server[1])
     assert count == 3 and {run.info.status for run in found.values()} == {"FINISHED"}
@@ -133,7 +133,7 @@ def test_what_a_run_could_not_tell_the_next_one_tells_once(state, database, monk
     tracker.finish(run, record)
     killed = tracker.start(CORPUS, {})
     tracker.progress(killed, steps(1, 3))
-    tracker.close()
+    tracker.close(failed=True)
     assert "is kept in" in caplog.text and "canary-7731" not in caplog.text
     (journal,) = (state / "tracking").glob("*.jsonl")
     with open(journal, "ab") as file:
@@ -146,6 +146,7 @@ def test_what_a_run_could_not_tell_the_next_one_tells_once(state, database, monk
     tracking.deliver_left()
     client, found, count = runs(uri)
     assert count == 3 and found["base"].info.status == "FINISHED" and found["corpus"].info.status == "KILLED"
+    assert found["a_recipe (3 stages)"].info.status == "FAILED"
     version = client.get_model_version_by_alias("cuvee-a-recipe", "base")
     assert version.run_id == found["base"].info.run_id and version.version == "1" or version.version == 1
     assert len(client.get_metric_history(found["corpus"].info.run_id, "loss")) == 3
