@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,17 @@ def address(service: str) -> str | None:
 def mlflow_page(server: str, path: str = "/experiments") -> str:
     """The address of a page in MLflow's UI, in its view for training; its own choice is the one for chat applications."""
     return f"{server}/#{path}?workflowType=machine_learning"
+
+
+def experiment_page(server: str, name: str) -> str:
+    """The page of an experiment's runs, which that of all experiments opens in the other view; the latter where there is
+    no experiment of that name."""
+    query = urllib.parse.urlencode({"experiment_name": name})
+    try:
+        with urllib.request.urlopen(f"{server}/api/2.0/mlflow/experiments/get-by-name?{query}", timeout=5) as response:
+            return mlflow_page(server, f"/experiments/{json.load(response)['experiment']['experiment_id']}")
+    except (OSError, ValueError, KeyError):
+        return mlflow_page(server)
 
 
 def answers(url: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from stages.run import OK
@@ -66,12 +67,21 @@ def check(overrides: list[str], until: str) -> Any:
     if conf.store.kind == "local" and conf.store.uri and not below(conf.store.uri, conf):
         raise ConfigError(f"store.uri={conf.store.uri} is not on the volume that the pods share; give a folder below "
                           f"cluster.volume.path={conf.cluster.volume.path}, or store=s3")
-    for source in conf.data.sources:
-        if "://" not in source and source not in names("data/sources") and not below(source, conf):
-            raise ConfigError(f"data.sources: {source} would be read in the cluster, where it is not; copy it to the volume, "
-                              f"below {conf.cluster.volume.path}, or to a bucket, s3://...")
+    for field, path in files(conf):
+        if not below(path, conf):
+            raise ConfigError(f"{field}: {path} would be read in the cluster, where it is not; copy it to the volume, below "
+                              f"{conf.cluster.volume.path}" + (", or to a bucket, s3://..." if field.endswith(".sources") else ""))
     Graph(conf).until(targets(until))
     return conf
+
+
+def files(conf: Any) -> Iterator[tuple[str, str]]:
+    """(field, path) of all that stages read from the file system of the machine on which they run."""
+    yield from (("data.sources", one) for one in conf.data.sources if "://" not in one and one not in names("data/sources"))
+    yield from (("conversations.sources", one) for one in conf.conversations.sources if "://" not in one)
+    for expert in conf.recipe.experts:
+        for field in ("files", "heldout_files"):
+            yield from ((f"expert.{expert}.prompts.{field}", one) for one in conf.expert[expert].prompts[field])
 
 
 def below(path: str, conf: Any) -> bool:

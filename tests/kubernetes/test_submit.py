@@ -81,6 +81,8 @@ def test_submit_refuses_before_it_asks(place):
         ([], "cluster=local starts stages with launcher local, but submit runs on Kubernetes"),
         (overrides(place, "store.uri=/home/me/store"), "not on the volume that the pods share"),
         (overrides(place, "data.sources=[stdlib,~/docs]"), f"data.sources: {Path.home()}/docs would be read in the cluster"),
+        (overrides(place, "conversations.sources=[chats.jsonl]"), "conversations.sources: chats.jsonl would be read"),
+        (overrides(place, "expert.math.prompts.files=[sums.jsonl]"), "expert.math.prompts.files: sums.jsonl would be read"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             submit.submit(wrong, "", follow=True, cancel=False)
