@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -87,7 +88,8 @@ def die_at_file(folder: Path, number: int) -> None:
 
 
 def save_counted(trainer, out: Path) -> None:
-    """Save the weights in files of FILE_BYTES; `held-<rank>`: most bytes of tensors of its own that this rank held at once."""
+    """Save the weights in files of FILE_BYTES. `held-<rank>`: most bytes of tensors of its own that this rank held at once
+    for that, and the digest of what hf_state gives it."""
     import torch
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,7 +113,11 @@ def save_counted(trainer, out: Path) -> None:
 
     with Count():
         weights.save(trainer.chunks, trainer.rows, out, trainer.optimizer.main, FILE_BYTES)
-    (out / f"held-{os.environ['RANK']}").write_text(str(most[0]))
+    (out / f"held-{os.environ['RANK']}").write_text(f"{most[0]} {digest(trainer.hf_state())}")
+
+
+def digest(state: dict) -> str:
+    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
 
 def slow_writer(stream: Counting, steps: int) -> None:
