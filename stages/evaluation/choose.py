@@ -1,8 +1,9 @@
 """Of models made from one start, publish the one that a reward model prefers to it most; the start where none is preferred.
 
 The gate at the end of a round of polishing. Judged on held-out prompts that the report's scores don't use (`skip` passes
-them over), so that the choice does not flatter them. A model on which a domain falls by more than `most_fall` is not chosen, where the
-fall is taken one standard error smaller than it was measured: the noise of a few prompts must not end every round.
+those over), so that the choice does not flatter them. A model on which a domain falls by more than `most_fall` is not
+chosen, where the fall is taken one standard error smaller than it was measured: the noise of a few prompts must not end
+every round.
 """
 
 import json
@@ -32,6 +33,8 @@ class Config(Suite):
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     config.check_suite(inputs)
+    if not config.skip:
+        raise ConfigError("skip: 0 chooses by the prompts that evaluation reports; set evaluate.prompts_per_domain to fewer than a domain has")
     if not 0.5 <= config.least_win < 1 or config.most_fall < 0:
         raise ConfigError(f"least_win is {config.least_win}, most_fall {config.most_fall}; give 0.5 to 1 and 0 or more")
 
