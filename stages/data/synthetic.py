@@ -117,9 +117,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     if cut:
         ctx.log(f"{cut} of {len(made)} answers were cut off at their teacher's max_tokens and are left out")
     if not whole:
+        others = ", the others are empty or hold special tokens" if cut < len(made) else ""
         raise CuveeError(f"data.synthetic.teachers: none of {len(made)} answers to {len(candidates)} prompts is whole: {cut} do not end within "
-                         f"max_tokens ({_limits(client)}), the others are empty or hold special tokens; raise max_tokens, or ask teachers "
-                         "that end their turns: a base model does not")  # fmt: skip
+                         f"max_tokens ({_limits(client)}){others}; raise max_tokens, or ask teachers that end their turns: a base model "
+                         "does not")  # fmt: skip
     if not kept:
         raise CuveeError(f"data.synthetic.min_reward: of {len(made)} answers to {len(candidates)} prompts {whole} are whole (the others cut "
                          f"off or empty), and none of these is rewarded {config.min_reward} or more; lower it, raise max_tokens or ask "

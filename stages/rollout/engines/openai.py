@@ -74,7 +74,7 @@ class Engine:
         self.options = own = check_options(options or {})
         if own.key and own.key not in os.environ:
             raise ConfigError(f"engine_options.key: the environment has no variable {own.key}; set it to the server's key")
-        headers = {"Authorization": f"Bearer {os.environ[own.key]}"} if own.key else {}
+        headers = {"Authorization": f"Bearer {os.environ[own.key].strip()}"} if own.key else {}
         limits = httpx.Limits(max_connections=own.concurrency)
         self.client = httpx.Client(headers=headers, timeout=own.timeout, limits=limits)
         self.threshold, self.path, self.written = own.tolerance, path, ctx.scratch / "engine"
