@@ -146,7 +146,8 @@ class Memory:
             return "choose a smaller model or a larger cluster"
         if not config.distributed_optimizer and not config.fsdp:
             return "set distributed_optimizer to true or raise tensor_parallel or pipeline_parallel"
-        return "raise tensor_parallel or pipeline_parallel, or take more devices"
+        shared = "" if config.fsdp else ", set fsdp to true instead of distributed_optimizer"
+        return f"raise tensor_parallel or pipeline_parallel{shared}, or take more devices"
 
 
 def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0, reference: bool = False) -> Memory:
