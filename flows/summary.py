@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from flows import together
 from flows.config import state_dir
-from flows.services import address, mlflow_page
+from flows.services import address, experiment_page, mlflow_page
 
 
 def closing(store: Any, graph: Any, nodes: list[Any], seconds: float) -> Iterator[str]:
@@ -23,18 +24,20 @@ def closing(store: Any, graph: Any, nodes: list[Any], seconds: float) -> Iterato
     prefect, mlflow = address("prefect"), address("mlflow")
     hint = "" if prefect and mlflow else "   (start both with `cuvee up`)"
     yield f"  prefect  {prefect or 'http://127.0.0.1:4200'}/runs{hint}"
-    yield f"  mlflow   {mlflow_page(mlflow or 'http://127.0.0.1:5000')}"
+    yield f"  mlflow   {experiment_page(mlflow, graph.conf.recipe.name) if mlflow else mlflow_page('http://127.0.0.1:5000')}"
     yield f"  state    {state_dir()}   ({seconds:.0f} s)"
 
 
 def scores(store: Any, nodes: list[Any]) -> dict[str, dict[str, float]]:
     """Model -> domain -> mean score in per cent."""
-    rows = {}
-    for node in nodes:
-        if node.kind.value == "scores" and node.name.startswith("scores-"):
+    def read(node: Any) -> tuple[str, dict[str, float]]:
+        try:
             found = json.loads((store.fetch(node.fingerprint) / "scores.json").read_text())["domains"]
-            rows[node.name.removeprefix("scores-")] = {domain: 100 * one["mean"] for domain, one in found.items()}
-    return rows
+        finally:
+            store.release(node.fingerprint)
+        return node.name.removeprefix("scores-"), {domain: 100 * one["mean"] for domain, one in found.items()}
+
+    return dict(together(read, [node for node in nodes if node.name.startswith("scores-")]))
 
 
 def _scores(store: Any, nodes: list[Any]) -> Iterator[str]:

@@ -74,6 +74,8 @@ class LocalStore:
         if folder.exists():  # files of a publication that a crash cut off before its record
             shutil.rmtree(folder)
         shutil.move(out, folder)
+        for name in record["files"]:  # safetensors writes for its owner alone; who may read the store may read a model
+            (folder / name).chmod(folder.stat().st_mode & 0o666)
         for path in [*(p for p in folder.rglob("*") if p.is_file()), folder, folder.parent]:
             records.sync(path)  # or a power failure could keep the record and lose what it names
         record = records.seal(record)

@@ -1,16 +1,22 @@
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import boto3
+import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
 from flows import lineage
 from stages.stage import CuveeError
+from stages.store import lease
 from stages.store import record as records
+from stages.store._cache import Cache
 from stages.store.lease import FileLease as Lease
 from stages.store.local import LocalStore
 from stages.store.s3 import S3Store
@@ -60,6 +66,14 @@ def test_publish_then_read_back(store, tmp_path):
     store.set_alias("polished", record["fingerprint"])
     assert store.aliases() == {"polished": record["fingerprint"]}
     assert lineage.find(store, "polished") == lineage.find(store, record["fingerprint"][:6]) == record
+
+
+def test_who_may_read_the_store_may_read_what_a_library_wrote_for_its_owner_alone(tmp_path, monkeypatch):
+    digest_files = records.digest_files
+    monkeypatch.setattr(records, "digest_files", lambda out: (out / "a.txt").chmod(0o600) or digest_files(out))
+    store = LocalStore(tmp_path / "store")
+    folder = store.folder(make(store, tmp_path, "a", {})["fingerprint"])
+    assert (folder / "a.txt").stat().st_mode & 0o777 == folder.stat().st_mode & 0o666 != 0o600
 
 
 def test_nothing_without_a_record(store):
@@ -130,9 +144,15 @@ def test_why_and_diff_name_fields(family, tmp_path):
         ["sft", child["fingerprint"][:12]], ["init:", "base"]]
     assert "config.lr: 0.0001 -> 0.0002" in "\n".join(lineage.diff(store, child, other))
     assert "one artifact" in next(lineage.diff(store, child, child))
+    store.set_alias("polished", child["fingerprint"])
     with pytest.raises(CuveeError, match="'polishd' is not known"):
-        store.set_alias("polished", child["fingerprint"])
         lineage.find(store, "polishd")
+    grown = make(store, tmp_path / "4", "base", {"lr": 2e-3})
+    other = make(store, tmp_path / "5", "sft", {"lr": 1e-4}, {"init": grown})
+    assert "config.lr: 0.001 -> 0.002" in "\n".join(lineage.diff(store, child, other))
+    shutil.rmtree(store.folder(grown["fingerprint"]))
+    with pytest.raises(CuveeError, match="sft: its input init .* is not in the store"):
+        list(lineage.diff(store, child, other))
 
 
 def test_a_size_that_changed_is_refused_on_every_read(family):
@@ -160,7 +180,7 @@ def test_a_lease_is_exclusive_and_passes_from_a_dead_holder(tmp_path):
     ready = context.Event()
     holder = context.Process(target=_hold, args=(path, ready))
     holder.start()
-    assert ready.wait(30)
+    assert ready.wait(300)  # it imports what this file does
     mine = Lease(path)
     assert not mine.acquire()
     cancelled = threading.Event()
@@ -173,18 +193,59 @@ def test_a_lease_is_exclusive_and_passes_from_a_dead_holder(tmp_path):
     assert not path.exists()
 
 
-def test_a_lease_of_another_host_expires_when_its_heartbeat_stops_whatever_the_clocks_say(tmp_path):
-    path = tmp_path / "f"
-    path.write_text(json.dumps({"token": "t", "host": "elsewhere", "pid": 1, "born": 0.0}))
-    mine = Lease(path, expiry=0.2)
+@pytest.mark.parametrize("text", ['{"token": "t", "host": "elsewhere", "pid": 1, "born": 1}', ""])
+def test_a_lease_of_another_host_expires_when_its_heartbeat_stops_whatever_the_clocks_say(tmp_path, monkeypatch, text):
+    """Also one that a power failure left empty."""
+    now, path = [0.0], tmp_path / "f"
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    path.write_text(text)
+    mine = Lease(path, expiry=6)
     for beat in (1e9, 2e9, 3e9):  # a clock that is years late, or years ahead, still beats
         os.utime(path, (beat, beat))
-        time.sleep(0.25)
+        now[0] += 4
         assert not mine.acquire() and path.exists()
-    time.sleep(0.25)
+    now[0] += 3600  # not looked at for an hour: that is no silence
+    assert not mine.acquire() and path.exists()
+    now[0] += 4
     assert not mine.acquire() and mine.acquire()
     mine.release()
     assert not path.exists()
+
+
+def test_a_living_holder_stays_one_when_the_clock_is_set(tmp_path, monkeypatch):
+    """psutil's time of birth moves with it."""
+    held, rival = Lease(tmp_path / "f"), Lease(tmp_path / "f")
+    with held:
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: 12345.0)
+        assert not rival.acquire() and not rival.acquire()
+
+
+def test_many_threads_write_one_file(tmp_path):
+    """As stages do that fetch one artifact at the same time."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda at: records.write_atomic(tmp_path / "f", bytes([at]) * 100_000), range(200)))
+    assert len(set((tmp_path / "f").read_bytes())) == 1 and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_cache_is_measured_while_files_come_and_go(tmp_path):
+    cache, stop = Cache(tmp_path, 1), threading.Event()
+    folder = cache.hold("f" * 32)
+    folder.mkdir()
+
+    def download():
+        while not stop.is_set():
+            (folder / ".part").write_bytes(b"1")
+            (folder / ".part").rename(folder / "whole")
+
+    thread = threading.Thread(target=download)
+    thread.start()
+    try:
+        for _ in range(2000):
+            cache.trim()
+    finally:
+        stop.set()
+        thread.join()
+    assert (folder / "whole").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
