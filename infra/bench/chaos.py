@@ -2,10 +2,10 @@
 
     python -m infra.bench.chaos --kills 100 [--seed 0] [--keep FOLDER]
 
-Kills come in rounds that meet each of these once, in a random order: the stage's process, the warm worker, the run itself, its Prefect server, the tracking server
-(started again some seconds later) and the network to the bucket (connections reset for some seconds). When the run ends,
-the same command starts it again, until the recipe is finished; then the next recipe begins, in an empty prefix. The
-bucket is Ceph's radosgw where it is installed, moto's server elsewhere.
+Kills come in rounds that meet each of these once, in a random order: the stage's process, the warm worker, the run itself,
+its Prefect server, the tracking server (started again some seconds later) and the network to the bucket (connections
+reset for some seconds). When the run ends, the same command starts it again, until the recipe is finished; then the next
+recipe begins, in an empty prefix. The bucket is Ceph's radosgw where it is installed, moto's server elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,8 @@ from typing import Any
 import boto3
 import psutil
 
-from flows import lineage, services
-from stages.store.s3 import S3Store
+from flows import lineage, services, tracking
+from stages.store.s3 import S3Store, place
 from tests.s3 import ceph
 from tests.s3.proxy import DOWN, Proxy
 
@@ -38,6 +39,7 @@ OUTAGE_SECONDS = (2.0, 8.0)
 REFUSED = 2  # the exit status of a run that says what is wrong, and would say so again
 RESTARTS = 60  # of one recipe, after which it counts as never finished
 POLL_SECONDS = 0.2
+ENDED = ("COMPLETED", "CRASHED", "FAILED", "CANCELLED")
 
 
 @dataclass
@@ -51,21 +53,25 @@ class Tally:
     repeated: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     left_running: list[str] = field(default_factory=list)
+    open_flows: list[str] = field(default_factory=list)
+    untold: list[str] = field(default_factory=list)
     off_loopback: set[str] = field(default_factory=set)
 
     @property
     def faults(self) -> int:
-        return sum(map(len, (self.half, self.duplicate, self.repeated, self.unfinished, self.left_running, self.off_loopback)))
+        return sum(map(len, (self.half, self.duplicate, self.repeated, self.unfinished, self.left_running, self.open_flows,
+                             self.untold, self.off_loopback)))  # fmt: skip
 
 
 class Chaos:
     """One machine's worth of servers, and the recipes that run on it. gap: seconds between two kills, at least and at
-    most. real: Ceph and MLflow rather than moto and a tracking server that is never there."""
+    most. real: Ceph and MLflow rather than moto and a tracking server that is never there. variables: what else the runs
+    find in their environment."""
 
     def __init__(self, folder: Path, seed: int, recipe: tuple[str, ...] = RECIPE, gap: tuple[float, float] = (0.5, 6.0),
-                 kinds: tuple[str, ...] = (), real: bool = True):
+                 kinds: tuple[str, ...] = (), real: bool = True, variables: dict[str, str] | None = None):
         self.folder, self.random, self.recipe, self.gap = folder, random.Random(seed), recipe, gap
-        self.tally, self.down_until, self._last_kill = Tally(), 0.0, 0.0
+        self.tally, self.down_until, self._last_kill, self.real, self.variables = Tally(), 0.0, 0.0, real, variables or {}
         self._moto = None
         if ceph.missing() or not real:
             from moto.server import ThreadedMotoServer
@@ -100,6 +106,8 @@ class Chaos:
         """Recipes until `kills` kills were done and the last recipe is finished."""
         while sum(self.tally.kills.values()) < kills and not self.tally.unfinished:
             self.recipe_with_kills(kills)
+        if self.real:
+            self._check_mlflow()
         return self.tally
 
     def recipe_with_kills(self, kills: int) -> None:
@@ -119,6 +127,7 @@ class Chaos:
             self._await_end_of_all(uri)
             self._check(uri, seen)
             if process.returncode == 0:
+                self._check_flows(uri)
                 break
             if process.returncode == REFUSED and not self._excused(began):
                 self.tally.unfinished.append(f"{uri}: refused, see runs.log")
@@ -136,7 +145,8 @@ class Chaos:
     def _start(self, uri: str) -> subprocess.Popen:
         url = f"http://127.0.0.1:{self.mlflow_port}"
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))} | self.keys | {
-            "CUVEE_STATE": str(self.state), "MLFLOW_TRACKING_URI": url, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+            "CUVEE_STATE": str(self.state), "MLFLOW_TRACKING_URI": url, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE",
+            **self.variables}
         log = open(self.folder / "runs.log", "ab")
         return subprocess.Popen([sys.executable, "-m", "flows.cli", "run", "store=s3", f"store.uri={uri}",
                                  f"store.endpoint={self.proxy.endpoint}", *self.recipe], cwd=self.folder, env=environment, stdout=log,
@@ -212,8 +222,6 @@ class Chaos:
         """What can be selected now is whole, is what it was, and was made once."""
         store = self._store(uri)
         sizes = {name: item["Size"] for name, item in store.bucket.names("artifacts/")}
-        from stages.store.s3 import place
-
         found = {fingerprint: store.record(fingerprint) for fingerprint in store.fingerprints()}
         for fingerprint, record in found.items():
             for name, meta in record["files"].items():
@@ -225,6 +233,33 @@ class Chaos:
             if log.exists() and log.stat().st_mtime > _seconds(record["ended"]) + 1:
                 self.tally.repeated.append(f"{uri}: {record['name']}")
         self.tally.half += [f"{uri}: {fingerprint} is gone" for fingerprint in seen.keys() - found.keys()]
+
+    def _check_flows(self, uri: str) -> None:
+        """Once a recipe is finished Prefect holds none of its runs for running."""
+        with sqlite3.connect(self.state / "prefect/prefect.db") as database:
+            found = database.execute("SELECT name, state_type FROM flow_run")
+            self.tally.open_flows += [f"{uri}: {name} {state}" for name, state in found if state not in ENDED]
+
+    def _check_mlflow(self) -> None:
+        """In the end MLflow has been told everything: of each artifact, and how each run ended."""
+        import mlflow
+
+        url, deadline = f"http://127.0.0.1:{self.mlflow_port}", time.monotonic() + services.START_SECONDS
+        while not services.answers(f"{url}/health") and time.monotonic() < deadline:
+            self._keep_mlflow()
+            time.sleep(0.5)
+        os.environ["MLFLOW_TRACKING_URI"] = url
+        try:
+            tracking.deliver_left()
+        finally:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        self.tally.untold += [str(path) for path in (self.state / "tracking").glob("*.jsonl")]
+        client = mlflow.MlflowClient(url)
+        runs = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=50_000)
+        self.tally.untold += [f"{run.info.run_name} is running" for run in runs if run.info.status == "RUNNING"]
+        told = {run.data.tags.get("cuvee.fingerprint") for run in runs}
+        for recipe in range(self.tally.recipes):
+            self.tally.untold += sorted(set(self._store(f"s3://chaos/recipe-{recipe}").fingerprints()) - told)
 
     def _verify(self, uri: str) -> None:
         store, checked = self._store(uri), set()
@@ -307,6 +342,8 @@ def table(tally: Tally, leaked: list[Path], seconds: float) -> str:
             ("artifacts published twice", len(tally.duplicate), tally.duplicate),
             ("finished stages repeated", len(tally.repeated), tally.repeated),
             ("processes left running", len(tally.left_running), tally.left_running),
+            ("flows that Prefect holds for running", len(tally.open_flows), tally.open_flows),
+            ("runs and artifacts of which MLflow was not told", len(tally.untold), tally.untold),
             ("listeners off loopback", len(tally.off_loopback), sorted(tally.off_loopback)),
             ("files that hold the secret key", len(leaked), list(map(str, leaked)))]
     lines = [f"| {what} | {count} | {'; '.join(details)} |" for what, count, details in rows]

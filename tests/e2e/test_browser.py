@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.services import free_port
+from flows.services import experiment_page, free_port
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -59,8 +59,11 @@ def services(tmp_path_factory, told):
         time.sleep(0.2)
     yield home, f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}"
     up.send_signal(signal.SIGINT)
-    up.communicate(timeout=60)
-    assert below(home) == []
+    up.communicate(timeout=300)
+    deadline = time.monotonic() + 60
+    while left := below(home):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -134,8 +137,9 @@ def test_a_run_from_the_form_then_mlflow(services, page):
     link = shown["result"].split("](")[1].split(")")[0]
     page.goto(link)
     page.get_by_text("data.tokens").first.wait_for()
-    page.goto(f"{mlflow}/#/experiments")
-    page.get_by_text("command_a").first.wait_for()
+    page.goto(experiment_page(mlflow, "command_a"))
+    page.get_by_text("command_a (9 stages)").first.wait_for()
+    assert experiment_page(mlflow, "none") == f"{mlflow}/#/experiments?workflowType=machine_learning"
 
 
 def test_a_misspelt_parameter_is_refused_and_nothing_is_kept_in_the_database(services):
@@ -153,7 +157,7 @@ def test_the_team_is_told_of_a_failure(services, told):
     url, texts = told
     body = {"parameters": {"scale": "micro", "overrides": ["pretrain.lrr=1"]}}
     run = api(prefect, f"/deployments/{deployment(prefect, 'command-a')}/create_flow_run", body)["id"]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not texts:
         assert time.monotonic() < deadline, api(prefect, f"/flow_runs/{run}")["state"]
         time.sleep(0.3)
@@ -163,6 +167,26 @@ def test_the_team_is_told_of_a_failure(services, told):
     assert "hook-with-a-key" not in json.dumps(block)
     for path in (home / "state").rglob("*.db"):
         assert b"hook-with-a-key" not in path.read_bytes(), path
+
+
+def test_a_run_of_the_command_line_that_is_killed_is_crashed_and_told_of(services, told):
+    home, prefect, _ = services
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "CUVEE_"))}
+    env |= {"CUVEE_STATE": str(home / "state"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.Popen([sys.executable, "-m", "flows.cli", "run", "scale=micro", "tokenizer.vocab_size=900", "--until", "tokens"],
+                           cwd=home, env=env, stdout=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not (notes := list((home / "state/runs").glob("*.json"))):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    found = api(prefect, f"/flow_runs/{notes[0].stem}")
+    while found["state"]["type"] != "CRASHED" or not any("Crashed. its process died" in text for text in told[1]):
+        assert time.monotonic() < deadline, found["state"]
+        time.sleep(0.5)
+        found = api(prefect, f"/flow_runs/{notes[0].stem}")
+    assert found["name"] == "command_a micro local" and set(found["tags"]) == {"cuvee", "command_a"}
 
 
 def test_cancelling_in_prefect_ends_the_processes(services):
@@ -175,8 +199,8 @@ def test_cancelling_in_prefect_ends_the_processes(services):
         assert time.monotonic() < deadline and state["type"] not in ("FAILED", "CRASHED"), state["message"]
         time.sleep(0.1)
     api(prefect, f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    wait_for_state(prefect, run, {"CANCELLED"}, 60)
-    deadline = time.monotonic() + 30
+    wait_for_state(prefect, run, {"CANCELLED"}, 240)
+    deadline = time.monotonic() + 120
     while workers := [c for c in below(home) if "stages.worker" in c]:
         assert time.monotonic() < deadline, workers
         time.sleep(0.2)

@@ -7,8 +7,9 @@ import boto3
 
 from infra.bench.chaos import Chaos, secrets_left
 
-CANARIES = {"HF_TOKEN": "canary-hf-8d2e", "MLFLOW_TRACKING_PASSWORD": "canary-mlflow-77aa", "PGPASSWORD": "canary-pg-3c1b",
-            "AWS_SESSION_TOKEN": ""}
+CANARIES = {name: f"canary-{at}" for at, name in enumerate((
+    "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_KEY", "PGPASSWORD", "TEACHER_KEY",
+    "CUVEE_PUSHGATEWAY_AUTH"))}  # fmt: skip
 RECIPE = ("scale=micro", "recipe.experts=[math]", "--until", "pretrained")
 
 
@@ -16,10 +17,8 @@ def test_runs_that_are_killed_finish_whole_and_tell_no_secret(tmp_path, monkeypa
     for name in ("CUVEE_STATE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # what it sets ends with the test
     monkeypatch.delenv("AWS_PROFILE")
-    for name, value in CANARIES.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_SESSION_TOKEN")
-    chaos = Chaos(tmp_path, 1, RECIPE, (3, 10), ("stage", "worker", "run", "network to the bucket"), real=False)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    chaos = Chaos(tmp_path, 1, RECIPE, (1, 4), ("stage", "worker", "run", "network to the bucket"), False, CANARIES)
     try:
         tally = chaos.run(4)
         assert tally.faults == 0, tally
