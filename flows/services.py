@@ -149,12 +149,12 @@ def port_taken(port: int) -> bool:
 
 
 def stop(process: subprocess.Popen) -> None:
+    """End a server and what it started: MLflow's is a child, which a SIGKILL of its parent alone would leave."""
+    from stages.worker import end_tree
+
     if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end_tree(process.pid)
+        process.wait()
 
 
 @contextmanager

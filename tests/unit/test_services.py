@@ -10,8 +10,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import psutil
+import pytest
 
 from flows import services
+from flows.up import up
+from stages.stage import CuveeError
 
 
 def until(true, seconds):
@@ -38,6 +41,20 @@ def test_a_server_that_dies_is_started_again_until_it_is_no_longer_needed():
     assert all(process.poll() is not None for process in started)
     time.sleep(1.2)
     assert len(started) == 2
+
+
+def test_stopping_a_server_ends_what_it_started():
+    server = subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(server.stdout.readline()))
+    services.stop(server)
+    assert server.poll() is not None and psutil.wait_procs([child], timeout=60)[1] == []
+
+
+def test_a_port_that_is_none_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUVEE_STATE", str(tmp_path / "state"))
+    with pytest.raises(CuveeError, match="--mlflow-port=70000 is no port; give one from 1 to 65535"):
+        up(services.free_port(), 70000)
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_killed_run_is_closed_in_its_own_server_and_leaves_no_process(tmp_path):
