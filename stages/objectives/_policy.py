@@ -68,7 +68,8 @@ def described(batch: Packed, part: Tensor, **values: Tensor) -> dict[str, tuple[
 
     With a reference log_ratio, log pi/pi_ref (token sum, of either sign: of what pi_ref sampled it estimates
     -KL(pi_ref || pi)); with behaviour kl_sampler, KL(sampler || pi) a token; with both kl, KL(pi || pi_ref) of a completion:
-    k3 weighed by pi/sampler token by token, which is never negative, whoever of the two sampled.
+    k3 weighed by pi/sampler token by token, which is never negative, whoever of the two sampled. best_ratio is log_ratio over
+    the best of each group alone (field `sft`): below 0 even what was rewarded most gets unlikely.
     """
     tokens = length(batch)
     mean = lambda each: batch.sums(each) / tokens.clamp(min=1)  # noqa: E731
@@ -81,4 +82,8 @@ def described(batch: Packed, part: Tensor, **values: Tensor) -> dict[str, tuple[
         if batch.reference is not None:
             rho = ratio(batch.logprobs - batch.behaviour)
             values["kl"] = batch.sums(rho * k3(batch.reference - batch.logprobs))
-    return {name: ((value.detach() * part).sum(), part.sum()) for name, value in values.items()}
+    found = {name: ((value.detach() * part).sum(), part.sum()) for name, value in values.items()}
+    if batch.reference is not None and "sft" in batch.fields:
+        best = part * batch.fields["sft"]
+        found["best_ratio"] = ((values["log_ratio"].detach() * best).sum(), best.sum())
+    return found

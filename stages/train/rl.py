@@ -24,6 +24,7 @@ INPUTS = {
 OUTPUT = Kind.CHECKPOINT
 DISTRIBUTED = True
 KINDS = ("completions", "pair", "revisions")
+DISPLACED = -0.2  # nats, log pi/pi_ref of the best completions below which a run has moved their probability elsewhere
 SHOWN, SHOWN_CHARACTERS = 16, 2000  # rows of `samples.json` of the first and of the last block; of a text in them
 
 
@@ -132,6 +133,11 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     (out / "samples.json").write_text(json.dumps(_table([blocks[0], blocks[-1]][: len(blocks)]), ensure_ascii=False))
     first, last = (statistics(rows, config.completions) for rows in (blocks[0], blocks[-1]))
     metrics |= {"reward_first": first["reward"], "reward_last": last["reward"], "contrast": last["contrast"]}
+    if (ratio := metrics.get("best_ratio", metrics.get("chosen_ratio", 0.0))) < DISPLACED:
+        ctx.log(
+            f"warning: even the best completions are {-ratio:.1f} nats less likely than at the start, so the policy writes what "
+            "nobody judged; lower lr or steps, raise options.beta or sft_weight, or sample anew (rollout_every=1)"
+        )
     return metrics | stream.clock.total()
 
 

@@ -192,6 +192,16 @@ def test_no_prompt_is_twice_in_a_step(speaker, prompts, tmp_path, monkeypatch):
     assert all(count == there == distinct for count, there, distinct in seen) and {n for n, _, _ in seen} - {0, 8}
 
 
+def test_a_run_that_makes_even_the_best_unlikely_says_so(speaker, prompts, tmp_path, capsys):
+    """Offline on few prompts with large steps: all that was sampled loses its probability to what was never judged."""
+    values = {**RL, "steps": 16, "rollout_every": 0, "rollout_prompts": 16, "options": {"beta": 2.0}}
+    for lr, warned in ((0.0, False), (0.02, True)):
+        values["lr"] = lr
+        metrics = run("train.rl", values, tmp_path / f"{lr}", init=speaker, prompts=prompts)
+        told = "even the best completions are" in capsys.readouterr().out
+        assert told == warned == (metrics["best_ratio"] < -0.2), metrics
+
+
 def test_rollouts_that_are_all_rewarded_alike_teach_nothing(speaker, prompts, tmp_path):
     values = {**RL, "steps": 2, "max_new_tokens": 1, "rewards": {"overlong": 1.0}}
     with pytest.raises(CuveeError, match="nothing was learned"):
