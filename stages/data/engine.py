@@ -2,11 +2,11 @@
 
 A pass reads a shard in batches, applies what the last joins decided, runs the blocks that need no other document, and
 gathers keys for the blocks that do: small rows that are joined over all shards before the next pass; where they are many,
-the workers deal them out by their hashes and sort the parts. A shard is written
-under another name and renamed when it is whole, and its commit mark is its JSON: a killed run goes on from there. The
-shards follow from the sources alone, so that the bytes do not depend on the number of workers. Memory holds one batch
-a worker, a part of the keys, some bytes a document and what a join itself compares at once (the lines or the n-grams of
-held-out text that it looks for, a classifier's sample); the rest is on disk.
+the workers deal them out by their hashes and sort the parts. A shard is written under another name and renamed when it is
+whole, and its commit mark is its JSON: a killed run goes on from there. The shards follow from the sources alone, so that the
+bytes do not depend on the number of workers. Memory holds a batch and a part of the keys a worker, some bytes a document and
+what a join itself compares at once (the lines or the n-grams of held-out text that it looks for, a classifier's sample); the
+rest is on disk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -178,11 +179,11 @@ def _task(plan: Plan, what: tuple[str, int, str], item: int) -> None:
 def _join(plan: Plan, number: int, step: Step, each: Callable[..., Iterator[int]]) -> None:
     """Join the keys of a pass, block after block; what one removes, the next does not see."""
     paths, counts = plan.left(number)
-    keys = Keys(paths, counts, [shard.split in STAYS for shard in plan.shards])
+    keys = Keys(paths, counts, [shard.split in STAYS for shard in plan.shards],
+                each=lambda name, kind, count: deque(each((kind, number, name), list(range(count))), 0))
     for name in step.keys:
         state = State(plan.joined(number, name), paths, counts)
         if not state.done:
-            join.shuffle(name, state.folder, paths, counts, lambda kind, count, name=name: [*each((kind, number, name), list(range(count)))])
             block(name).join(keys.of(name), plan.options[name], state)
             state.commit()
         if (removed := state.get("removed")) is not None:
@@ -295,7 +296,6 @@ def select(name: str, documents: list[Document], options: Any = None) -> list[st
             writer.keys(name, module.keys(documents, options), 0)
             writer.keep(documents)
         state = State(Path(folder, "join"), [path], [len(documents)])
-        join.shuffle(name, state.folder, [path], [len(documents)])
         module.join(Keys([path], [len(documents)], [False]).of(name), options, state)
         state.commit()
         return module.apply(documents, np.arange(len(documents)), options, state)

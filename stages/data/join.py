@@ -12,17 +12,19 @@ import numpy as np
 
 ROWS = 4_000_000  # rows of keys sorted at once
 LEADING = 24  # bits
+Each = Callable[[str, str, int], None]  # block, kind, how many
 
 
 class Keys:
     """The rows that a block gathered, over all shards; rows of documents that are gone are left out.
 
     paths, counts: files and documents of the shards. benchmark: shards whose documents always stay.
-    alive, protected: bool [documents], shared by the joins of one pass.
+    alive, protected: bool [documents], shared by the joins of one pass. each: does the tasks 0, 1, ... of a kind ("deal",
+    "sort") of the shuffle of a block; here, if None.
     """
 
-    def __init__(self, paths: list[Path], counts: list[int], benchmark: list[bool], name: str = ""):
-        self.paths, self.counts, self.name = paths, counts, name
+    def __init__(self, paths: list[Path], counts: list[int], benchmark: list[bool], name: str = "", each: Each | None = None):
+        self.paths, self.counts, self.name, self.each = paths, counts, name, each
         self.count = sum(counts)
         self.alive = np.ones(self.count, bool)
         self.protected = np.repeat(benchmark, counts) if counts else np.zeros(0, bool)
@@ -111,22 +113,20 @@ class State:
 
 
 def in_order(keys: Keys, scratch: Path) -> Iterator[np.ndarray]:
-    """All rows by `hash`, then `document`, in parts; equal hashes never lie in two parts.
-
-    More than ROWS have been brought in order before, by `shuffle`.
-    """
-    parts = sorted(scratch.glob("sorted-*.npy"))
-    if not parts:
+    """All rows by `hash`, then `document`, in parts; equal hashes never lie in two parts. More than ROWS are shuffled."""
+    counts = [_count(path, keys.name) for path in keys.paths]
+    if sum(counts) <= ROWS:
         found = list(keys.parts())
         yield _sorted(np.concatenate(found)) if found else np.empty(0, [("document", np.int64), ("hash", np.uint64)])
-    for path in parts:
+        return
+    for path in _shuffled(keys, scratch, counts):
         rows = np.load(path)
         yield rows[keys.alive[rows["document"]]]
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """The rows of a block that are more than ROWS, brought in order by tasks: a `deal` parts those of some shards by the
+    """The rows of a block that are more than ROWS are brought in order by tasks: a `deal` parts those of some shards by the
     leading bits of their hashes, a `sort` orders one part of all deals. A task that was done before does nothing.
 
     folder: of the join. parts: how many. dealt: for each deal, (path, first document) of its shards.
@@ -163,31 +163,27 @@ class Shuffle:
         _save(done, _sorted(np.concatenate(found)))
 
 
-def shuffle(name: str, folder: Path, paths: list[Path], counts: list[int], each: Callable[[str, int], None] | None = None) -> None:
-    """Bring the rows of a block in order for `in_order`, where they are more than ROWS. paths, counts: files and documents of
-    the shards. each: does the tasks 0, 1, ... of a kind ("deal", "sort") of the shuffle in `folder`; here, if None.
-    """
-    rows = [_count(path, name) for path in paths]
-    if sum(rows) <= ROWS:
-        return
+def _shuffled(keys: Keys, folder: Path, counts: list[int]) -> list[Path]:
+    """The files of the parts in order. counts: rows of each shard."""
     groups: list[list[tuple[Path, int]]] = [[]]
     room = ROWS
-    for path, count, first in zip(paths, rows, np.cumsum([0, *counts]).tolist(), strict=False):
+    for path, count, first in zip(keys.paths, counts, np.cumsum([0, *keys.counts]).tolist(), strict=False):
         if count > room and groups[-1]:
             groups.append([])
             room = ROWS
         groups[-1] += [(path, first)] if count else []
         room -= count
-    made = Shuffle(name, folder, -(-sum(rows) // ROWS), [group for group in groups if group])
+    made = Shuffle(keys.name, folder, -(-sum(counts) // ROWS), [group for group in groups if group])
     (folder / "shuffle").write_bytes(pickle.dumps(made))
     for kind, count in (("deal", len(made.dealt)), ("sort", made.parts)):
-        if each:
-            each(kind, count)
+        if keys.each:
+            keys.each(keys.name, kind, count)
         else:
             for number in range(count):
                 task(folder, kind, number)
     for number in range(len(made.dealt)):
         (folder / f"rows-{number}").unlink(missing_ok=True)
+    return [folder / f"sorted-{part:05d}.npy" for part in range(made.parts)]
 
 
 def task(folder: Path, kind: str, number: int) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import lzma
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stages.data.formats import text
 from stages.stage import CuveeError, names, resolve
 
 SKIPPED = {"__pycache__", "node_modules"}
+LARGE = 1 << 20  # bytes from which on a digest is remembered: every plan asks for those of all files
 
 
 def _zstd(file: BinaryIO) -> BinaryIO:
@@ -85,14 +87,32 @@ class Entry:
         return self.open()
 
     def digest(self) -> str:
-        """The identity of the bytes taken."""
+        """The identity of the bytes taken: their SHA-256, which for a large file is remembered as long as the file's place, size
+        and times stay."""
+        kept = _remembered(self.path, self.take) if self.take >= LARGE else None
+        if kept and kept.exists():
+            return kept.read_text()
         found = hashlib.sha256()
         with self.open() as file:
             left = self.take
             while left > 0 and (piece := file.read(min(left, 1 << 20))):
                 found.update(piece)
                 left -= len(piece)
+        if kept:
+            kept.parent.mkdir(exist_ok=True)
+            part = kept.with_suffix(f".{os.getpid()}")
+            part.write_text(found.hexdigest())
+            part.replace(kept)
         return found.hexdigest()
+
+
+def _remembered(path: str, take: int) -> Path | None:
+    """Where the digest of a file is kept; None without a state directory, or for a file so new that its times may lie."""
+    state, stat = Path(os.environ.get("CUVEE_STATE", ".cuvee")), os.stat(path)
+    if not os.access(state, os.W_OK) or time.time() - stat.st_mtime < 5:
+        return None
+    seen = (os.path.abspath(path), take, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return state / "digests" / hashlib.sha256(repr(seen).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def unreadable(path: str | Path, error: OSError) -> CuveeError:
