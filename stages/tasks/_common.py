@@ -19,6 +19,11 @@ def prompt(user: str, answer: str, check: dict[str, Any], system: str = "", **ex
     return {"messages": [*messages, {"role": "user", "content": user}], "answer": answer, "check": check, **extra}
 
 
+def draw(rng: random.Random, names: list[str]) -> str:
+    """One of the names; a single one takes nothing from the generator."""
+    return rng.choice(names) if len(names) > 1 else names[0]
+
+
 def numbers(text: str) -> list[int | float]:
     """The numbers in a text, in order: whole ones, and such as 2.5; thousands may be separated by commas, a sign must touch its digits."""
     found = re.findall(r"((?<![\w.])-?\d{1,3}(?:,\d{3})+\b|-?\d{1,18})(\.\d{1,18})?", text)

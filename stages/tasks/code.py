@@ -1,4 +1,4 @@
-"""Short functions from a description, in eight languages and SQL, checked by running them on inputs in the sandbox.
+"""Short functions from a description or from examples of their calls, in eight languages and SQL, run in the sandbox.
 
 Reward, as in Command A: the fraction of unit tests passed (at least 4 of them), -1 without a code block. Prompts are made
 without any interpreter; judging them needs the languages' programs on this machine (Python and SQLite come with Cuvee).
@@ -17,7 +17,7 @@ from functools import partial
 from stages import sandbox
 from stages.stage import option
 from stages.tasks import _algorithms, _languages, _sql
-from stages.tasks._common import prompt
+from stages.tasks._common import draw, prompt
 
 KINDS = ("number", "two_numbers", "text", "list")
 LANGUAGES = ("python", *_languages.LANGUAGES, "sql")
@@ -109,7 +109,7 @@ def generate(rng: random.Random, count: int, documents: list[dict], options: Opt
     """`count` functions to write; `documents` are not used."""
     made = []
     for _ in range(count):
-        language = rng.choice(options.languages) if options.languages != ["python"] else "python"
+        language = draw(rng, options.languages)
         if language == "sql":
             question, answer, check = _sql.question(rng, options.tests, options.tables)
             made.append(prompt(question, answer, check))

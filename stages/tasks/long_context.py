@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stages.stage import CuveeError, option
-from stages.tasks._common import numbers, prompt, sentences
+from stages.tasks._common import draw, numbers, prompt, sentences
 
 DOCUMENTS = True  # reads the corpus
 KINDS = ("needle", "multi_value", "multi_query", "variables", "words", "qa")
@@ -84,12 +84,10 @@ def generate(rng: random.Random, count: int, documents: list[dict], options: Opt
         raise CuveeError(
             "the long_context task found no sentence of 30 to 200 characters in the corpus; it needs prose"
         )
-    if options.kinds == ["needle"]:
-        return [_needle(rng, hay, options.lengths[i % len(options.lengths)], options) for i in range(count)]
     make: dict[str, Callable[..., dict]] = {"needle": _needle, "multi_value": _multi_value, "multi_query": _multi_query,
                                             "variables": _variables, "words": _words, "qa": _qa}  # fmt: skip
     return [
-        make[rng.choice(options.kinds)](rng, hay, options.lengths[i % len(options.lengths)], options)
+        make[draw(rng, options.kinds)](rng, hay, options.lengths[i % len(options.lengths)], options)
         for i in range(count)
     ]
 

@@ -13,7 +13,7 @@ from math import prod
 
 from stages.stage import option
 from stages.tasks import _exercises
-from stages.tasks._common import numbers, prompt
+from stages.tasks._common import draw, numbers, prompt
 
 OPERATIONS = ("add", "subtract", "multiply", "divide")
 TOPICS = ("stories", *_exercises.TOPICS)
@@ -73,11 +73,9 @@ def check(options: Options) -> str:
 
 def generate(rng: random.Random, count: int, documents: list[dict], options: Options) -> list[dict]:
     """`count` problems; `documents` are not used."""
-    if options.topics == ["stories"]:
-        return [_story(rng, options) for _ in range(count)]
     made = []
     for _ in range(count):
-        topic = rng.choice(options.topics)
+        topic = draw(rng, options.topics)
         made.append(_story(rng, options) if topic == "stories" else _exercise(rng, topic, rng.choice(options.levels)))
     return made
 

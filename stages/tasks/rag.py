@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from stages.stage import CuveeError, option
 from stages.tasks import _agents
-from stages.tasks._common import holds, plain, prompt, sentences
+from stages.tasks._common import draw, holds, plain, prompt, sentences
 from stages.tasks._retrieval import Chunk, Index, chunks
 
 DOCUMENTS = True  # reads the corpus
@@ -71,15 +71,14 @@ def check(options: Options) -> str:
 def generate(rng: random.Random, count: int, documents: list[dict], options: Options) -> list[dict]:
     """`count` questions on documents; without a corpus the noise is left out. Raises CuveeError when a kind needs one."""
     noise = sentences(documents, rng, 30, 120) if documents and options.noise else []
-    if options.kinds == ["facts"]:
-        return [_question(rng, noise, options) for _ in range(count)]
-    pool = [c for d in documents[:2000] for c in chunks(d["text"], options.chunk) if 40 <= len(c.text) <= 2 * options.chunk]
+    searched = documents[:2000] if "retrieval" in options.kinds else []
+    pool = [c for d in searched for c in chunks(d["text"], options.chunk) if 40 <= len(c.text) <= 2 * options.chunk]
     if "retrieval" in options.kinds and len(pool) < options.facts:
         raise CuveeError(f"the rag task found {len(pool)} chunks of 40 to {2 * options.chunk} characters in the corpus for its kind "
                          f"retrieval; it needs at least {options.facts}: give more text or a larger chunk")  # fmt: skip
     make = {"facts": lambda: _question(rng, noise, options), "retrieval": lambda: _retrieved(rng, pool, options),
             "agent": lambda: _agent(rng, noise, options)}  # fmt: skip
-    return [make[rng.choice(options.kinds)]() for _ in range(count)]
+    return [make[draw(rng, options.kinds)]() for _ in range(count)]
 
 
 def _retrieved(rng: random.Random, pool: list[Chunk], options: Options) -> dict:
