@@ -195,7 +195,7 @@ def _primary() -> tuple[dict, dict]:
 def _sentence(error: Exception, overrides: list[str]) -> str:
     """What is wrong with which override, and the nearest valid name."""
     reason = _reason(error)
-    for override in overrides:
+    for override in sorted(overrides, key=lambda one: len(one.partition("=")[0]), reverse=True):  # cluster.x, then cluster
         key, eq, value = override.lstrip("+~").partition("=")
         if not eq:
             return f"override {override!r} has no value; write it as key=value, e.g. expert.math.sft.lr=1e-3"

@@ -23,6 +23,8 @@ WORKER = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "-
 def up(prefect_port: int, mlflow_port: int) -> int:
     """Start everything, print the addresses, and stay until Ctrl-C; then end everything that was started."""
     for name, port in (("--prefect-port", prefect_port), ("--mlflow-port", mlflow_port)):
+        if not 0 < port < 65536:
+            raise CuveeError(f"{name}={port} is no port; give one from 1 to 65535")
         if services.port_taken(port):
             raise CuveeError(f"{name}={port}: something listens there already; stop it or choose another port")
     os.environ.update(services.environment())

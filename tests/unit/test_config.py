@@ -46,10 +46,11 @@ def graph(*overrides):
     ("instruct.steps=0", "instruct.steps: 0"),
     ("store=s3", "store.uri must be given"),
     ("nothing", "has no value; write it as key=value"),
+    ("cluster=kubernetes cluster.restart=3", "cluster.restart: 'restart' is not known; did you mean 'restarts'"),
 ])
 def test_a_wrong_override_is_one_sentence(override, sentence):
     with pytest.raises(ConfigError, match=sentence) as raised:
-        graph(override)
+        graph(*override.split())
     assert "\n" not in str(raised.value)
 
 
