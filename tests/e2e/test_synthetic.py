@@ -8,7 +8,7 @@ import pytest
 from tests.e2e.test_recipe import EXPERTS, cuvee, records
 from tests.unit.stub_server import serving
 
-SMALL = ("run", "scale=micro", EXPERTS, "synthetic.prompts=12", "synthetic.mix={math: 1.0}", "pretrain.steps=4", "cooldown.steps=2",
+SMALL = ("run", "scale=micro", EXPERTS, "recipe.also=[]", "synthetic.prompts=12", "synthetic.mix={math: 1.0}", "pretrain.steps=4", "cooldown.steps=2",
          "cooldown.phases=[[256,2]]", "cooldown.long_every=0", "instruct.steps=2")  # fmt: skip
 
 
