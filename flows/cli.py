@@ -247,11 +247,14 @@ def up(args: argparse.Namespace) -> int:
 
 
 def clean(args: argparse.Namespace) -> int:
+    from flows import open_store, shared_dir
+    from flows.config import compose
     from stages.store.retention import clean
 
     if args.days < 1:
         raise CuveeError(f"--days {args.days:g}: what is younger than a day may be on its way; give at least 1")
-    removed = [print(line) for line in clean(_store(args), args.days)]
+    conf = compose(args.overrides)
+    removed = [print(line) for line in clean(open_store(conf), args.days, shared_dir(conf) / "work")]
     print(f"cuvee: {len(removed)} things removed")
     return 0
 

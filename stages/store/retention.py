@@ -22,14 +22,22 @@ from stages.store.s3 import S3Store, place
 DAY = 86400
 
 
-def clean(store: LocalStore | S3Store, days: float) -> Iterator[str]:
-    """Remove what is older than `days` and was never published; yields a line for each thing removed."""
-    yield from (_clean_bucket if isinstance(store, S3Store) else _clean_folder)(store, days * DAY)
+def clean(store: LocalStore | S3Store, days: float, work: Path) -> Iterator[str]:
+    """Remove what is older than `days` and was never published, from the store and from `work`, where stages of this
+    machine (or volume) are made; yields a line for each thing removed."""
+    age = days * DAY
+    if isinstance(store, S3Store):
+        yield from _clean_bucket(store, age)
+    else:
+        yield from _clean_folders(store, store.root / "artifacts", age, "files without a record")
+    if work.is_dir():
+        yield from _clean_folders(store, work, age, "checkpoints of a stage that was never finished")
 
 
-def _clean_folder(store: LocalStore, age: float) -> Iterator[str]:
-    now = _touched_now(store.root)
-    for folder in sorted((store.root / "artifacts").iterdir()):
+def _clean_folders(store: LocalStore | S3Store, parent: Path, age: float, what: str) -> Iterator[str]:
+    """Of folders that are named by addresses."""
+    now = _touched_now(parent)
+    for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
         newest = max((p.stat().st_mtime for p in [folder, *folder.rglob("*")]), default=now)
         if now - newest > age and store.record(folder.name) is None:
             lease = store.lease(folder.name)
@@ -37,7 +45,7 @@ def _clean_folder(store: LocalStore, age: float) -> Iterator[str]:
                 try:
                     if store.record(folder.name) is None:
                         shutil.rmtree(folder)
-                        yield f"{folder}: files without a record"
+                        yield f"{folder}: {what}"
                 finally:
                     lease.release()
 
