@@ -164,8 +164,8 @@ class Sampler:
         """One row a prompt, as in the artifact PAIRS: the prompt's own fields, `completions` (texts, special tokens
         shown, without the end of turn), `tokens` (their ids, with it), `logprobs` (nats of each token under the policy
         that sampled it; null for an answer, and for all where temperature is not 1, as the engine gives none of those),
-        `rewards` (weighted sums) and `parts` (reward name -> values, null where it does not apply). The reference answer, if asked for, is the last
-        completion. share: as in an engine's `generate`."""
+        `rewards` (weighted sums) and `parts` (reward name -> values, null where it does not apply). The reference answer,
+        if asked for, is the last completion. share: as in an engine's `generate`."""
         config, began = self.config, time.monotonic()
         ids = [render_prompt(self.tokenizer, p) for p in prompts]
         made: list[list] = [[] for _ in prompts]

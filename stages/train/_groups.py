@@ -24,7 +24,8 @@ class ObjectiveConfig:
     objective: str = option("copg", "what is optimised", "objectives")
     options: dict[str, Any] = option({}, "options of the objective, e.g. beta; see stages/objectives/<objective>.py")
     sft_weight: float = option(
-        0.0, "weight of a cross-entropy term on each group's best completion, averaged over its tokens"
+        0.0, "weight of a cross-entropy term on each group's best completion, averaged over its tokens; beside CoPG's sums over "
+        "the tokens of k completions a weight of about k is felt",
     )
     min_gap: float = option(0.0, "least difference between the highest and the lowest reward of a group")
     mask_special: bool = option(
