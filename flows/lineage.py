@@ -71,7 +71,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, An
 
 def diff(store: Any, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     """Which fields made two artifacts differ, followed down to the inputs where the difference began."""
-    seen: set[tuple[str, str]] = set()
+    tree, seen = ancestors(store, [a, b]), set()
 
     def walk(x: dict[str, Any], y: dict[str, Any], indent: str) -> Iterator[str]:
         if (x["fingerprint"], y["fingerprint"]) in seen:
@@ -88,7 +88,7 @@ def diff(store: Any, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
                 yield f"{indent}  input {arg}: only in the {'second' if p is None else 'first'}"
             elif p["fingerprint"] != q["fingerprint"]:
                 yield f"{indent}  input {arg} differs:"
-                yield from walk(store.record(p["fingerprint"]), store.record(q["fingerprint"]), indent + "    ")
+                yield from walk(tree[p["fingerprint"]], tree[q["fingerprint"]], indent + "    ")
 
     if a["fingerprint"] == b["fingerprint"]:
         yield f"{a['name']} and {b['name']} are one artifact ({a['fingerprint'][:12]})"

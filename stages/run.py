@@ -86,7 +86,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
         out.mkdir(parents=True)
     scratch.mkdir(parents=True, exist_ok=True)
     threads = max(1, spec["threads"] // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    mirror = Mirror(**spec["mirror"]) if spec.get("mirror") and not rank else None
+    mirror = Mirror(**spec["mirror"]) if spec.get("mirror") else None
     ctx = (Silent if rank else Context)(scratch=scratch, threads=threads, device=spec["device"], mirror=mirror)
     _use_device(ctx.device, spec.get("share", 1.0))
     module = load(spec["stage"])

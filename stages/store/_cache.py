@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 GB = 1_000_000_000
@@ -21,7 +22,6 @@ class Cache:
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         self._locks = folder / ".locks"
-        self._locks.mkdir(parents=True, exist_ok=True)
         self._held: dict[str, tuple[int, int]] = {}  # fingerprint -> (open lock file, times held)
         self._mutex = threading.Lock()
 
@@ -30,6 +30,7 @@ class Cache:
         with self._mutex:
             file, times = self._held.get(fingerprint, (-1, 0))
             if not times:
+                self._locks.mkdir(parents=True, exist_ok=True)  # a plan holds nothing, and may not be able to
                 file = os.open(self._locks / fingerprint, os.O_RDWR | os.O_CREAT, 0o644)
                 fcntl.flock(file, fcntl.LOCK_SH)
             os.utime(file)
@@ -67,11 +68,17 @@ class Cache:
         except BlockingIOError:
             return False
         else:
-            shutil.rmtree(self.folder / fingerprint)
+            shutil.rmtree(self.folder / fingerprint, ignore_errors=True)  # another process may have been first
             return True
         finally:
             os.close(file)
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of its files, but for those that others move or remove meanwhile."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(root, name)).st_size
+    return total

@@ -1,7 +1,7 @@
 """A lease keeps two runs from making one artifact. Its holder beats; a holder that stopped beating has lost it.
 
 No clock is compared with another: who waits watches the holder's heartbeat and measures with its own monotonic clock how
-long it has not changed.
+long it has not changed. Time in which it could not look (an outage, a suspended machine) is no silence of the holder's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from stages.stage import CuveeError
 from stages.store._bucket import Bucket
 
@@ -35,14 +33,24 @@ def here() -> str:
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
 
 
+def born(pid: int) -> int | None:
+    """When a process of this host started, in clock ticks since boot: unlike a time of day it does not change when the
+    clock is set. None where there is no such process, or only what its parent has not yet buried."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(numbers[18])
+
+
+def this_process() -> dict[str, Any]:
+    """What `is_gone` judges a process by."""
+    return {"host": here(), "pid": os.getpid(), "born": born(os.getpid())}
+
+
 def is_gone(holder: dict[str, Any]) -> bool:
     """Whether the holder was a process of this host that has ended."""
-    if holder.get("host") != here():
-        return False
-    try:
-        return psutil.Process(holder["pid"]).create_time() != holder["born"]
-    except psutil.NoSuchProcess:
-        return True
+    return holder.get("host") == here() and born(holder["pid"]) != holder["born"]
 
 
 class Lease:
@@ -57,7 +65,7 @@ class Lease:
     def __init__(self, expiry: float = EXPIRY_SECONDS):
         self.expiry, self.token = expiry, uuid.uuid4().hex
         self._stop = threading.Event()
-        self._seen: tuple[Any, float] = (None, 0.0)
+        self._seen: tuple[Any, float, float] = (None, 0.0, 0.0)  # heartbeat, when it was last looked at, seconds unchanged
         self._beater: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
@@ -91,19 +99,23 @@ class Lease:
         self._give_back(done)
 
     def _unchanged(self, heartbeat: Any) -> float:
-        """Seconds for which the heartbeat has been what it is now, as far as this process has watched."""
-        if heartbeat != self._seen[0]:
-            self._seen = (heartbeat, time.monotonic())
-        return time.monotonic() - self._seen[1]
+        """Seconds for which this process has seen the heartbeat unchanged. Between two looks at most BEAT_SECONDS count."""
+        now, (before, looked, silent) = time.monotonic(), self._seen
+        silent = silent + min(now - looked, BEAT_SECONDS) if heartbeat == before else 0.0
+        self._seen = (heartbeat, now, silent)
+        return silent
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            if not self._still_mine():
-                logger.warning("the lease was taken over while this process was silent; the first to publish wins")
-                return
+            try:
+                if not self._still_mine():
+                    logger.warning("the lease was taken over while this process was silent; the first to publish wins")
+                    return
+            except (OSError, CuveeError) as error:
+                logger.warning("no heartbeat reached the store: %s", error)
 
     def _me(self) -> dict[str, Any]:
-        return {"token": self.token, "host": here(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+        return this_process() | {"token": self.token}
 
 
 class FileLease(Lease):
@@ -127,34 +139,40 @@ class FileLease(Lease):
             mine.unlink()
 
     def _give_back(self, done: bool) -> None:
-        if self._holder().get("token") == self.token:
+        if self._holds():
             self.path.unlink(missing_ok=True)
 
-    def _holder(self) -> dict[str, Any]:
-        try:
-            return json.loads(self.path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
+    def _holds(self) -> bool:
+        with suppress(FileNotFoundError):
+            return _holder(self.path).get("token") == self.token
+        return False
 
     def _evict_dead(self) -> None:
-        holder = self._holder()
         with suppress(FileNotFoundError):
-            beat = (holder.get("token"), self.path.stat().st_mtime_ns)
-            if not holder or not (self._unchanged(beat) > self.expiry or is_gone(holder)):
+            holder, beat = _holder(self.path), self.path.stat().st_mtime_ns
+            if not (self._unchanged((holder, beat)) > self.expiry or is_gone(holder)):
                 return
             grave = self.path.with_name(f"{self.path.name}.dead.{self.token}")
             os.rename(self.path, grave)  # atomic: of two rivals one moves it away
-            if json.loads(grave.read_text()) != holder:  # a rival evicted first and already holds it: give it back
+            if _holder(grave) != holder:  # a rival evicted first and already holds it: give it back
                 with suppress(FileExistsError):  # unless a third took it meanwhile: the second then sees that it lost it
                     os.link(grave, self.path)
             grave.unlink()
 
     def _still_mine(self) -> bool:
-        if self._holder().get("token") != self.token:
+        if not self._holds():
             return False
         with suppress(FileNotFoundError):
             os.utime(self.path)
         return True
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Whom a lease's file names; nobody, who will never beat, where a power failure left it without its text."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return {}
 
 
 class ObjectLease(Lease):
@@ -177,13 +195,13 @@ class ObjectLease(Lease):
         free = not holder["token"] or self._unchanged(found[1]) > self.expiry or is_gone(holder)
         return free and self._write(replaces=found[1])
 
-    def _write(self, token: str | None = None, **condition: Any) -> bool:
+    def _write(self, patience: float | None = None, token: str | None = None, **condition: Any) -> bool:
         self._beats += 1
         holder = self._me() | {"beat": self._beats} | ({} if token is None else {"token": token})
-        self._etag = self.bucket.put(self.name, json.dumps(holder).encode(), patience=BEAT_SECONDS, **condition)
+        self._etag = self.bucket.put(self.name, json.dumps(holder).encode(), patience=patience, **condition)
         if self._etag:
             return True
-        found = self.bucket.get(self.name)  # a retry of our own success looks like a rival's
+        found = self.bucket.get(self.name, patience)  # a retry of our own success looks like a rival's
         if found and (held := json.loads(found[0])) and held == holder:
             self._etag = found[1]
             return True
@@ -191,22 +209,21 @@ class ObjectLease(Lease):
 
     def _give_back(self, done: bool) -> None:
         try:
-            if self._etag and self._write(token="", replaces=self._etag) and done:
+            if self._etag and self._write(BEAT_SECONDS, token="", replaces=self._etag) and done:
                 self.bucket.delete(self.name)  # whoever takes it in between finds the artifact published
         except CuveeError as error:
             logger.warning("the lease expires by itself in %.0f s: %s", self.expiry, error)
 
     def _still_mine(self) -> bool:
+        known = self._etag
         try:
-            known = self._etag
-            if self._write(replaces=known):
+            if self._write(BEAT_SECONDS, replaces=known):
                 return True
-            found = self.bucket.get(self.name)
+            found = self.bucket.get(self.name, BEAT_SECONDS)
             if found and json.loads(found[0])["token"] == self.token:  # an earlier heartbeat whose answer was lost
                 self._etag = found[1]
                 return True
             return False
-        except CuveeError as error:
+        except CuveeError:
             self._etag = self._etag or known
-            logger.warning("no heartbeat reached the store: %s", error)
-            return True
+            raise

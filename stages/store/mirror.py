@@ -1,8 +1,8 @@
 """A running stage's checkpoints in the bucket, so that another host can go on from them.
 
-`<uri>/scratch/<fingerprint>/<step>.json` names a checkpoint's files and their chunks and is written last; the chunks are
-objects named by their SHA-256, so that a push that was cut off, or repeated by another host, sends only what is not
-there. Pushing goes on beside the training; a bucket that can't be reached costs a warning.
+`<uri>/scratch/<fingerprint>/<step>.json` names a checkpoint's files, those that the stage keeps beside it (metrics,
+rollouts) and their chunks, and is written last; the chunks are objects named by their SHA-256, so that what was cut off,
+or is repeated by another host, sends only what is not there.
 """
 
 from __future__ import annotations
@@ -31,43 +31,55 @@ INDEX = ".metadata"  # torch's index of a checkpoint, which it reads with pickle
 INDEX_NAMES = re.compile(r"torch\.distributed\.checkpoint\.\w+\.\w+|torch\.serialization\._get_layout|torch\.Size|"
                          r"torch\.(bool|b?float|u?int|complex)[0-9]*\w*")
 COMMIT = "commit.json"  # what makes a folder a checkpoint, see stages/trainer/checkpoint.py
-METRICS = "metrics.jsonl"  # of the stage so far, beside its checkpoints
 
 
 class Mirror:
-    """The checkpoints of one stage, `<scratch>/checkpoints/<step>/`, kept in a bucket by one process at a time."""
+    """The checkpoints of one stage, `<scratch>/checkpoints/<step>/`, in a bucket. Every process that trains sends the files
+    that it wrote, and one of them seals what all have sent: stages/trainer/mirroring.py."""
 
     def __init__(self, uri: str, endpoint: str, fingerprint: str, bucket: Bucket | None = None):
         self._open = (lambda: bucket) if bucket else (lambda: _impatient(Bucket(uri, endpoint)))
         self.base = f"scratch/{fingerprint}/"
-        self._thread = ThreadPoolExecutor(1, "mirror")
-        self._pushing: Future | None = None
-        self._newest: Path | None = None
 
     @cached_property
     def bucket(self) -> Bucket:
         return self._open()
 
-    def push(self, checkpoint: Path, log: Callable[[str], None] = print) -> None:
-        """Send a committed checkpoint in the background. While one is being sent, the newest of those that come waits."""
-        self._newest = checkpoint
-        if self._pushing is None or self._pushing.done():
-            self._pushing = self._thread.submit(self._push_newest, log)
+    def send(self, checkpoint: Path, names: list[str]) -> dict[str, list[str]]:
+        """Send what the bucket lacks of files of a committed checkpoint; with its mark go the stage's JSON lines beside it.
+        Returns file, relative to the scratch folder -> SHA-256 of each of its chunks. Raises CuveeError, OSError."""
+        scratch, files = checkpoint.parents[1], [checkpoint / name for name in names]
+        if COMMIT in names:
+            files += sorted(p for p in scratch.rglob("*.jsonl") if checkpoint.parent not in p.parents)
+        there = {name for name, _ in self.bucket.names(f"{self.base}chunks/")}
+        table: dict[str, list[str]] = {}
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            waiting: list[Future] = []
+            for path in files:
+                name = path.relative_to(scratch).as_posix()
+                table[name] = []
+                for data in _chunks(path):
+                    digest = hashlib.sha256(data).hexdigest()
+                    table[name].append(digest)
+                    key = f"{self.base}chunks/{digest}"
+                    if key not in there:
+                        there.add(key)
+                        waiting.append(pool.submit(self.bucket.put, key, data))
+                    if len(waiting) > 2 * TRANSFERS:  # bounds the memory
+                        waiting.pop(0).result()
+            for one in waiting:
+                one.result()
+        return table
 
-    def wait(self) -> None:
-        """Until the newest checkpoint that was pushed is in the bucket, or could not be sent."""
-        if self._pushing is not None:
-            self._pushing.result()
-
-    def _push_newest(self, log: Callable[[str], None]) -> None:
-        while (checkpoint := self._newest) is not None:
-            self._newest = None
-            try:
-                push_checkpoint(self.bucket, self.base, checkpoint)
-            except CuveeError as error:
-                log(f"the checkpoint of step {int(checkpoint.name)} stays on this host: {error}")
-            except FileNotFoundError:
-                pass  # a newer one replaced it on disk before it was sent
+    def seal(self, step: str, table: dict[str, list[str]]) -> None:
+        """Name a checkpoint whose chunks are all there, then remove what is too old. No process may be sending: what it
+        has sent is not named yet. Raises CuveeError."""
+        self.bucket.put(f"{self.base}{step}.json", records.canonical(table))
+        found = _manifests(self.bucket, self.base)
+        self.bucket.delete(*(f"{self.base}{name}.json" for name in found[:-KEPT]))  # first: what is named is whole
+        tables = [json.loads(one[0]) for name in found[-KEPT:] if (one := self.bucket.get(f"{self.base}{name}.json"))]
+        used = {f"{self.base}chunks/{digest}" for one in tables for digests in one.values() for digest in digests}
+        self.bucket.delete(*(name for name, _ in self.bucket.names(f"{self.base}chunks/") if name not in used))
 
     def pull(self, scratch: Path, log: Callable[[str], None] = print) -> Path | None:
         """Bring the newest whole checkpoint of the bucket to `scratch`, unless one as new is there; returns its folder."""
@@ -90,49 +102,17 @@ def _impatient(bucket: Bucket) -> Bucket:
     return bucket
 
 
-def push_checkpoint(bucket: Bucket, base: str, checkpoint: Path) -> int:
-    """Send what the bucket lacks of the folder `<scratch>/checkpoints/<step>` and of the stage's metrics; then the
-    manifest; then remove what is too old. Returns the bytes sent. Raises CuveeError, FileNotFoundError."""
-    files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
-    if COMMIT not in files:
-        raise FileNotFoundError(f"{checkpoint} is no committed checkpoint")
-    if (metrics := checkpoint.parent.parent / METRICS).exists():
-        files[f"../../{METRICS}"] = metrics
-    there = {name for name, _ in bucket.names(f"{base}chunks/")}
-    sent = 0
-    table: dict[str, list[str]] = {}
-    with ThreadPoolExecutor(TRANSFERS) as pool:
-        for name, path in files.items():
-            table[name], waiting = [], []
-            for data in _chunks(path):
-                digest = hashlib.sha256(data).hexdigest()
-                table[name].append(digest)
-                key = f"{base}chunks/{digest}"
-                if key not in there:
-                    there.add(key)
-                    sent += len(data)
-                    waiting.append(pool.submit(bucket.put, key, data))
-                if len(waiting) > 2 * TRANSFERS:  # bounds the memory
-                    waiting.pop(0).result()
-            for one in waiting:
-                one.result()
-    bucket.put(f"{base}{checkpoint.name}.json", records.canonical(table))
-    _remove_old(bucket, base)
-    return sent
-
-
 def pull_checkpoint(bucket: Bucket, base: str, name: str, scratch: Path) -> Path:
     """The checkpoint of step `name` as `<scratch>/checkpoints/<name>`, every chunk checked. Raises CuveeError where one
     is missing or not what was sent; then nothing is left."""
     found = bucket.get(f"{base}{name}.json")
     if found is None:
         raise CuveeError(f"{bucket.uri}/{base}{name}.json is gone")
-    target = scratch / "checkpoints" / name
-    part = target.with_name(f".{name}.{uuid.uuid4().hex}")
+    part, own = scratch / f".{name}.{uuid.uuid4().hex}", Path("checkpoints") / name
     try:
         with ThreadPoolExecutor(TRANSFERS) as pool:
             for file, digests in json.loads(found[0]).items():
-                path = part / (METRICS + ".pulled" if file == f"../../{METRICS}" else _inside(file))
+                path = records.inside(part, file)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with open(path, "wb") as out:
                     for at in range(0, len(digests), TRANSFERS):
@@ -140,14 +120,19 @@ def pull_checkpoint(bucket: Bucket, base: str, name: str, scratch: Path) -> Path
                             out.write(data)
                     out.flush()
                     os.fsync(out.fileno())
-        _check_index(part / INDEX)
-        if (metrics := part / (METRICS + ".pulled")).exists():
-            metrics.replace(scratch / METRICS)
-        shutil.rmtree(target, ignore_errors=True)
-        part.replace(target)
+        if not (part / own / COMMIT).exists():
+            raise CuveeError(f"{bucket.uri}/{base}{name}.json names no committed checkpoint")
+        _check_index(part / own / INDEX)
+        for path in [p for p in part.rglob("*.jsonl") if part / "checkpoints" not in p.parents]:
+            beside = scratch / path.relative_to(part)
+            beside.parent.mkdir(exist_ok=True)
+            path.replace(beside)
+        shutil.rmtree(scratch / own, ignore_errors=True)
+        (scratch / own).parent.mkdir(exist_ok=True)
+        (part / own).replace(scratch / own)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target
+    return scratch / own
 
 
 class _Names(pickle.Unpickler):
@@ -182,12 +167,6 @@ def _check_index(path: Path) -> None:
                 raise CuveeError(f"its {INDEX} can't be read: {error}") from None
 
 
-def _inside(name: str) -> str:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CuveeError(f"the manifest names {name!r}, which is outside the checkpoint")
-    return name
-
-
 def _chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while data := file.read(CHUNK_BYTES):
@@ -202,13 +181,5 @@ def _chunk(bucket: Bucket, base: str, digest: str) -> bytes:
 
 
 def _manifests(bucket: Bucket, base: str) -> list[str]:
-    names = (name.removeprefix(base) for name, _ in bucket.names(base))
-    return sorted(name.removesuffix(".json") for name in names if "/" not in name and name.endswith(".json"))
-
-
-def _remove_old(bucket: Bucket, base: str) -> None:
-    old, kept = _manifests(bucket, base)[:-KEPT], _manifests(bucket, base)[-KEPT:]
-    bucket.delete(*(f"{base}{name}.json" for name in old))  # before the chunks: what is named is whole
-    tables: list[dict[str, Any]] = [json.loads(found[0]) for name in kept if (found := bucket.get(f"{base}{name}.json"))]
-    used = {f"{base}chunks/{digest}" for table in tables for digests in table.values() for digest in digests}
-    bucket.delete(*(name for name, _ in bucket.names(f"{base}chunks/") if name not in used))
+    names = (name.removeprefix(base).removesuffix(".json") for name, _ in bucket.names(base))
+    return sorted(name for name in names if name.isdigit())

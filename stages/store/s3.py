@@ -74,7 +74,7 @@ class S3Store:
         folder = self.cache.hold(fingerprint)
         try:
             with ThreadPoolExecutor(TRANSFERS) as pool:
-                list(pool.map(lambda name: self._download(record, name, folder / name), record["files"]))
+                list(pool.map(lambda name: self._download(record, name, records.inside(folder, name)), record["files"]))
             if not (folder / records.NAME).exists():
                 records.write_atomic(folder / records.NAME, records.dumps(record))
         except BaseException:
@@ -125,22 +125,21 @@ class S3Store:
 
     def publish(self, out: Path, record: dict[str, Any]) -> dict[str, Any]:
         """Upload `out`, then the record. Returns the sealed record: another run's where that was first."""
-        record, fingerprint, files = records.seal(record), record["fingerprint"], record["files"]
+        ours, fingerprint = records.seal(record), record["fingerprint"]
         mark = f"artifacts/{fingerprint}/{records.NAME}"
         self.bucket.check_conditions()
-        there = {name: item["Size"] for name, item in self.bucket.names(place(record))}
+        there = {name: item["Size"] for name, item in self.bucket.names(place(ours))}
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(lambda name: self._upload(record, name, out / name, there), files))
-        if not self.bucket.put(mark, records.dumps(record), absent=True):
-            record = json.loads(self.bucket.get(mark)[0])
-        self._records[fingerprint] = record
+            list(pool.map(lambda name: self._upload(ours, name, out / name, there), ours["files"]))
+        won = self.bucket.put(mark, records.dumps(ours), absent=True)
+        record = self._records[fingerprint] = ours if won else json.loads(self.bucket.get(mark)[0])
         folder = self.cache.hold(fingerprint)
         try:
-            if record["files"] == files:
+            if record["digest"] == ours["digest"]:
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.move(out, folder)
                 records.write_atomic(folder / records.NAME, records.dumps(record))
-            else:  # another run's bytes: they are downloaded when they are wanted
+            else:  # another run's, which others may be reading here: it is downloaded when it is wanted
                 shutil.rmtree(out)
         finally:
             self.cache.release(fingerprint)

@@ -29,9 +29,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from stages.model.cpu import cuda_names
 from stages.model.folder import full_disk_is_oserror
 from stages.stage import ConfigError, CuveeError
+from stages.store.mirror import COMMIT
+from stages.trainer.mirroring import Mirroring
 
 KEPT = 2
-COMMIT = "commit.json"
 
 
 class _InProcess(TorchDistSaveShardedStrategy):
@@ -95,12 +96,13 @@ class Checkpoints:
     """The checkpoints of one run in `folder`. At most one is being written; every method is a collective.
 
     keep_every: checkpoints of steps that it divides are never removed (0: none). background: `save` returns when the
-    state is copied, and a thread writes it; otherwise it returns when the checkpoint is committed. mirror: is given every
-    committed checkpoint, to keep it elsewhere too.
+    state is copied, and a thread writes it; otherwise it returns when the checkpoint is committed. mirror: keeps what is
+    committed elsewhere too (stages/store/mirror.py).
     """
 
     def __init__(self, folder: Path, keep_every: int = 0, background: bool = True, mirror: Any = None):
-        self.folder, self.keep_every, self.background, self.mirror = folder, keep_every, background, mirror
+        self.folder, self.keep_every, self.background = folder, keep_every, background
+        self.mirroring = Mirroring(mirror)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
         self._removal: Future | None = None
@@ -151,21 +153,21 @@ class Checkpoints:
         with cuda_names(), full_disk_is_oserror(self.folder):
             for function in pending.finalize:
                 function()
-        if dist.get_rank():
-            return
-        files = {name: told for part in parts for name, told in part.items()}
-        rest = [path for path in pending.path.iterdir() if path.name not in files]  # the library's own metadata
-        _commit(pending.path, pending.mark | {"files": files | _described(rest)})
-        if self.mirror is not None:
-            self.mirror.push(pending.path)
-        self._removal = self._thread.submit(self._remove)
+        own = list(parts[dist.get_rank()])
+        if dist.get_rank() == 0:
+            files = {name: told for part in parts for name, told in part.items()}
+            rest = _described([path for path in pending.path.iterdir() if path.name not in files])  # the library's own metadata
+            _commit(pending.path, pending.mark | {"files": files | rest})
+            own += [*rest, COMMIT]
+            self._removal = self._thread.submit(self._remove)
+        self.mirroring.add(pending.path, own)
 
     def wait(self, mirrored: bool = False) -> None:
         """Return on every rank when the save under way is committed (mirrored: and kept elsewhere too) and what is too
         old is gone: a rank that left before would have the launcher end the one that still writes the mark."""
         self.commit()
-        if mirrored and self.mirror is not None:
-            self.mirror.wait()
+        if mirrored:
+            self.mirroring.finish()
         if self._removal is not None:
             self._removal.result()
             self._removal = None
@@ -174,7 +176,7 @@ class Checkpoints:
     def _remove(self) -> None:
         complete = committed(self.folder)
         milestones = [path for path in complete if self.keep_every and int(path.name) % self.keep_every == 0]
-        for old in sorted(set(self.folder.iterdir()) - {*complete[-KEPT:], *milestones}):
+        for old in sorted(set(self.folder.iterdir()) - {*complete[-KEPT:], *milestones, self.mirroring.sending}):
             (old / COMMIT).unlink(missing_ok=True)
             shutil.rmtree(old)
 

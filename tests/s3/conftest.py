@@ -1,4 +1,4 @@
-"""The store before a server over HTTP: Ceph's radosgw where Debian's packages are installed, moto elsewhere."""
+"""The store before two servers over HTTP: Ceph's radosgw (where Debian's packages are installed) and moto."""
 
 import time
 
@@ -26,10 +26,10 @@ def moto():
     server.stop()
 
 
-@pytest.fixture
+@pytest.fixture(params=["radosgw", "moto"])
 def endpoint(request, monkeypatch):
     """The address of the server; credentials for it are in the environment."""
-    server = request.getfixturevalue("moto" if ceph.missing() else "radosgw")
+    server = request.getfixturevalue(request.param)
     keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in (keys if isinstance(server, str) else server.environment()).items():
         monkeypatch.setenv(name, value)

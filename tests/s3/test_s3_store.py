@@ -295,6 +295,12 @@ def test_a_wrong_clock_is_one_sentence(radosgw, monkeypatch, tmp_path):
         S3Store("s3://clocks/p", tmp_path / "cache", radosgw.endpoint)
 
 
+def test_a_store_that_is_only_looked_at_needs_no_cache(uri, endpoint, tmp_path):
+    """A plan for a cluster is made where the cluster's volume is not mounted."""
+    assert S3Store(uri, tmp_path / "volume" / "cache", endpoint).record("0" * 64) is None
+    assert not (tmp_path / "volume").exists()
+
+
 def test_the_cache_keeps_its_limit_and_never_removes_what_is_in_use(uri, endpoint, tmp_path):
     store = S3Store(uri, tmp_path / "cache", endpoint)
     made = []
