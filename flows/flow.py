@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -89,7 +90,7 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
             run = task(make, name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, retries=0)
             futures[node.name] = run.submit(node.name, wait_for=[futures[p.name] for p in node.parents])
         failures = []
-        for _name, future in futures.items():
+        for future in futures.values():
             future.wait()
             if future.state.is_failed() or future.state.is_crashed():
                 failures.append(future.state.result(raise_on_failure=False))
@@ -133,7 +134,7 @@ class Progress:
     EVERY = 10.0  # seconds between two progress lines of one stage
 
     def __init__(self, total: int, show: Callable[[str], None]):
-        self.total, self.show, self.finished, self.skipped = total, show, 0, 0
+        self.total, self.show, self.finished = total, show, itertools.count(1)  # stages end in threads of their own
         self.last: dict[str, float] = {}
 
     def start(self, name: str) -> None:
@@ -145,12 +146,11 @@ class Progress:
             self.show(f"          {name:<22} {line}")
 
     def done(self, name: str, record: dict[str, Any], skipped: bool) -> None:
-        self.finished += 1
-        self.skipped += skipped
+        at = next(self.finished)
         if skipped:
             return
         metrics = "  ".join(f"{k} {v:.4g}" for k, v in list(record["metrics"].items())[:4])
-        self.show(f"[{self.finished:>3}/{self.total}] {name:<22} {record['seconds']:6.1f} s   {metrics}")
+        self.show(f"[{at:>3}/{self.total}] {name:<22} {record['seconds']:6.1f} s   {metrics}")
 
 
 def start(overrides: list[str], until: list[str]) -> None:
