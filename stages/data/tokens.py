@@ -1,6 +1,7 @@
 """Corpus to tokens: Megatron's indexed files, one a split and domain, every document beginning with BOS."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ OUTPUT = Kind.TOKENS
 INSTRUCTIONS = "instructions"  # the domain of rendered prompts
 SPLITS = ("train", "heldout")
 BATCH = 256  # documents encoded at once
+NO_NAME = re.compile(r"[^\w.-]")  # what the name of a metric may not hold
 
 
 @dataclass
@@ -85,7 +87,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     table = {"vocab_size": vocab_size, "splits": splits, "sources": sources}
     (out / "tokens.json").write_text(json.dumps(table, indent=1) + "\n")
     return {f"tokens_{split}": sum(n["tokens"] for n in found.values()) for split, found in splits.items()} | {
-        f"{field}/{name}": one[field] for name, one in sources.items() for field in ("tokens", "epochs")}  # fmt: skip
+        f"{field}/{NO_NAME.sub('_', name)}": one[field] for name, one in sources.items() for field in ("tokens", "epochs")}  # fmt: skip
 
 
 def _vocab_size(folder: Path, multiple: int) -> int:

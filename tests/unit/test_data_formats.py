@@ -15,7 +15,6 @@ import pytest
 
 from stages.data import corpus, curate
 from stages.data.document import Document
-from stages.data.engine import select
 from stages.data.formats import jsonl
 from stages.data.formats import warc as warc_format
 from stages.data.sources import _files
@@ -257,15 +256,6 @@ def test_mail(tmp_path):
 def test_records_carry_their_address(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "url": "http://a"}\n{"text": "y", "id": 7}\n{"text": "z", "id": "http://b"}\n')
     assert [document.url for document in read(tmp_path)] == ["http://a", "7", "http://b"]
-
-
-def test_url_duplicates():
-    urls = ["https://www.a.org/x/", "http://a.org/x#part", "http://a.org/x?utm_source=y", "http://a.org/y", "", "", "7", "7"]
-    documents = [Document(str(i), f"text {i}", url=url) for i, url in enumerate(urls)]
-    assert select("url", documents) == ["", "same url: 0", "same url: 0", *[""] * 5]
-    named = [("a.jsonl#1", "7"), ("a.jsonl#2", "7"), ("b.jsonl#1", "7"), ("m.mbox#1", "<1@b>"), ("n.mbox#9", "<1@b>"), ("x", "HTTP://A.org/X"), ("y", "http://a.org/x")]
-    documents = [Document(name, f"text {i}", url=url) for i, (name, url) in enumerate(named)]
-    assert select("url", documents) == ["", "same id: a.jsonl#1", "", "", "same id: m.mbox#1", "", ""]
 
 
 def test_every_format_claims_extensions():

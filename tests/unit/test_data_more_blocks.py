@@ -17,7 +17,6 @@ from stages.data import corpus, curate
 from stages.data.blocks import (
     c4,
     classifier,
-    domains,
     encoding,
     execute,
     fineweb,
@@ -158,31 +157,6 @@ def test_personal_data_is_masked(text, masked):
     assert cleaned(pii, text) == ("", masked)
     if "CARD" in masked:
         assert cleaned(pii, text, domain="code")[1] == text
-
-
-def test_domains():
-    config = domains.Config(blocked=["bad.com", "evil.org", "www.blog.net"], words=["casino"])
-    urls = {"http://bad.com/x": "blocked domain: bad.com", "https://www.deep.bad.com": "blocked domain: bad.com", "http://notbad.com": "",
-            "http://a.org/online-casino/1": "blocked word in the address: casino", "http://a.org/casinos": "", "17": "", "": "", "http://[::1": "malformed address",
-            "http://blog.net": "blocked domain: blog.net"}
-    for url, reason in urls.items():
-        assert cleaned(domains, "x", config, url=url)[0] == reason
-    assert cleaned(domains, "x", domains.Config(allowed=["a.org"]), url="http://b.org")[0] == "domain not allowed: b.org"
-
-
-def test_lists_of_domains_and_addresses(tmp_path):
-    (tmp_path / "a.txt").write_text("# of a project\n0.0.0.0 bad.com # why\n\nwww.Evil.org\n")
-    (tmp_path / "b.txt").write_text("https://news.net/one/?utm_source=x\n")
-    config = domains.Config(lists=[str(tmp_path)])
-    urls = {"http://www.bad.com/x": "bad.com", "http://x.evil.org/": "evil.org", "http://notbad.com": "", "http://news.net/one": "news.net/one",
-            "http://news.net/": "", "http://news.net/one/more": "", "7": ""}  # fmt: skip
-    for url, found in urls.items():
-        assert cleaned(domains, "x", config, url=url)[0] == (found and f"on a list: {found}")
-    before = domains.external(config)
-    (tmp_path / "a.txt").write_text("other.com\n")
-    assert domains.external(config) != before
-    with pytest.raises(ConfigError, match="data.options.domains.lists: '/no/list' is not known"):
-        domains.external(domains.Config(lists=["/no/list"]))
 
 
 @pytest.mark.parametrize("ending, text, left", [

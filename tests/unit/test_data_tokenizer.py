@@ -213,7 +213,7 @@ def test_tokens_and_epochs_of_each_source_are_stated(tmp_path, made):
     import pyarrow
     import pyarrow.parquet
 
-    ids = [f"a/{i}" for i in range(150) for _ in range(3)] + [f"b/{i}" for i in range(7)]
+    ids = [f"~/{i}" for i in range(150) for _ in range(3)] + [f"b/{i}" for i in range(7)]
     rows = [{"id": one, "text": f"text {one}", "domain": "code" if one.endswith("3") else "prose", "language": "en", "source": one[0], "url": ""} for one in ids]
     (tmp_path / "corpus").mkdir()
     for split in ("train", "heldout"):
@@ -222,8 +222,8 @@ def test_tokens_and_epochs_of_each_source_are_stated(tmp_path, made):
     out.mkdir()
     metrics = tokens.run(tokens.Config(), {"corpus": artifact(tmp_path / "corpus", Kind.CORPUS), "tokenizer": made["tokenizer"]}, out, Context(tmp_path))
     found = json.loads((out / "tokens.json").read_text())["sources"]
-    assert [(one["documents"], one["epochs"]) for one in (found["a"], found["b"])] == [(450, 3.0), (7, 1.0)]
-    assert found["a"]["tokens"] + found["b"]["tokens"] == metrics["tokens_train"] and metrics["epochs/a"] == 3.0
+    assert [(one["documents"], one["epochs"]) for one in (found["~"], found["b"])] == [(450, 3.0), (7, 1.0)]
+    assert found["~"]["tokens"] + found["b"]["tokens"] == metrics["tokens_train"] and metrics["epochs/_"] == 3.0
 
 
 def test_special_tokens_in_a_document_are_text(tmp_path, made):
