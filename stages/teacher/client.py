@@ -293,7 +293,9 @@ def _told(response: Any) -> str:
         text = found.get("message", found) if isinstance(found, dict) else found
     except (ValueError, AttributeError):
         text = response.text
-    return " ".join(str(text).split())[:200] or "no reason given"
+    key = response.request.headers.get("authorization", "").rpartition(" ")[2]  # which some servers repeat
+    text = str(text).replace(key, "(the key)") if key else str(text)
+    return " ".join(text.split())[:200] or "no reason given"
 
 
 def _completion(answer: dict[str, Any]) -> Completion:

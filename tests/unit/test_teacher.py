@@ -94,6 +94,10 @@ def test_failures_end_in_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(CuveeError, match="teacher t at .* refuses the request: status 401, bad key"):
         refused.complete([ask("q")])
     assert len(refused.seen) == 1
+    monkeypatch.setenv("SOME_KEY", "canary-7f3a")
+    echo = client(tmp_path, lambda b, n: httpx.Response(401, json={"error": {"message": "wrong key: canary-7f3a"}}), key="SOME_KEY")
+    with pytest.raises(CuveeError, match=r"status 401, wrong key: \(the key\)"):
+        echo.complete([ask("q")])
     down = client(tmp_path, lambda b, n: httpx.ConnectError("refused"), attempts=3)
     with pytest.raises(CuveeError, match="failed 3 times, at last with ConnectError"):
         down.complete([ask("q")])

@@ -187,7 +187,9 @@ class Engine:
         except httpx.HTTPError as error:
             raise CuveeError(f"{url}: {error!r}; is the server up, and engine_options.url its address?") from None
         if answer.status_code != 200:
-            raise CuveeError(f"{url}: status {answer.status_code}: {answer.text[:300]}")
+            key = answer.request.headers.get("authorization", "").rpartition(" ")[2]  # which some servers repeat
+            told = answer.text.replace(key, "(the key)") if key else answer.text
+            raise CuveeError(f"{url}: status {answer.status_code}: {told[:300]}")
         try:
             return answer.json() if answer.content else None
         except ValueError:
