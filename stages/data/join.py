@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +173,8 @@ def _shuffled(keys: Keys, folder: Path, counts: list[int]) -> list[Path]:
         groups[-1] += [(path, first)] if count else []
         room -= count
     made = Shuffle(keys.name, folder, -(-sum(counts) // ROWS), [group for group in groups if group])
-    (folder / "shuffle").write_bytes(pickle.dumps(made))
+    dealt = [[[str(path), first] for path, first in group] for group in made.dealt]
+    (folder / "shuffle.json").write_text(json.dumps([made.name, made.parts, dealt]))
     for kind, count in (("deal", len(made.dealt)), ("sort", made.parts)):
         if keys.each:
             keys.each(keys.name, kind, count)
@@ -188,7 +188,9 @@ def _shuffled(keys: Keys, folder: Path, counts: list[int]) -> list[Path]:
 
 def task(folder: Path, kind: str, number: int) -> None:
     """One task of the shuffle in `folder`."""
-    getattr(pickle.loads((folder / "shuffle").read_bytes()), kind)(number)
+    name, parts, dealt = json.loads((folder / "shuffle.json").read_text())
+    made = Shuffle(name, folder, parts, [[(Path(path), first) for path, first in group] for group in dealt])
+    getattr(made, kind)(number)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
