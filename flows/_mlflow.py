@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from flows.config import state_dir
@@ -26,6 +29,22 @@ PARAM_BATCH, METRIC_BATCH, VALUE_LENGTH, TAG_LENGTH = 100, 1000, 500, 5000
 def tracking_uri() -> str:
     """$MLFLOW_TRACKING_URI, or a SQLite file in the state directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state_dir() / 'mlflow.db'}"
+
+
+def make_database() -> None:
+    """Make the SQLite file in the state directory where there is none, whole or not at all: MLflow can't go on with one
+    during whose first migration it was killed."""
+    path = state_dir() / "mlflow.db"
+    if os.environ.get("MLFLOW_TRACKING_URI") or path.exists():
+        return
+    import mlflow
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mlflow-", dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        mlflow.MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another process was first
+            os.link(made, path)
 
 
 def described(node: Node, parents: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +84,7 @@ class Mlflow:
             # A server has a place of its own for files; beside a database it would be the working directory.
             self._location = None if tracking_uri().startswith("http") else (state_dir() / "mlruns").as_uri()
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a stage
+            make_database()
             mlflow.set_tracking_uri(tracking_uri())
             self._mlflow, self._client = mlflow, mlflow.MlflowClient(tracking_uri())
 

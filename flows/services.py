@@ -110,8 +110,10 @@ def private_prefect() -> Any:
 
 
 def start_mlflow(port: int, log: Path) -> subprocess.Popen:
+    from flows._mlflow import make_database
     from flows.tracking import tracking_uri
 
+    make_database()
     return start([sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers",
                    "1", "--backend-store-uri", tracking_uri(), "--default-artifact-root",
                    (state_dir() / "mlruns").as_uri()], log, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})

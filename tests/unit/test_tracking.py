@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from werkzeug.serving import make_server
 
-from flows import services, tracking
+from flows import _mlflow, services, tracking
 from flows.graph import Node
 from stages import stage as stages
 from stages.store import record as records
@@ -178,3 +178,23 @@ def test_a_living_runs_journal_is_left_alone(state):
     assert list(tracking.left()) == []
     journal.close()
     assert [one.path.name for one in tracking.left()] == ["living.jsonl"]
+
+
+def test_a_database_is_whole_or_not_there(state, template, monkeypatch):
+    """Killed in MLflow's first migration, which can't be gone on with."""
+    path, whole = state / "mlflow.db", mlflow.MlflowClient.search_experiments
+
+    def killed(client, **options):
+        whole(client, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _mlflow.make_database()
+    assert not list(state.iterdir())
+    _mlflow.make_database()
+    made = path.stat()
+    _mlflow.make_database()
+    assert path.stat().st_mtime_ns == made.st_mtime_ns and [one.name for one in state.iterdir()] == ["mlflow.db"]
+    assert mlflow.MlflowClient(f"sqlite:///{path}").create_experiment("x")
