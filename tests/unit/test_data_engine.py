@@ -188,7 +188,7 @@ def test_killed_at_random_it_goes_on(docs, tmp_path, monkeypatch, seed):
                 kills += 1
             except (ProcessLookupError, ChildProcessError):
                 pass  # it was through
-    assert kills and {path.name: path.read_bytes() for path in (tmp_path / "killed-out").iterdir()} == expected
+    assert kills >= 3 and {path.name: path.read_bytes() for path in (tmp_path / "killed-out").iterdir()} == expected
 
 
 def test_finished_shards_are_not_done_again(docs, tmp_path, monkeypatch):
