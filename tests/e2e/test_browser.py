@@ -7,17 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
 from flows.services import experiment_page, free_port
+from tests.unit.stub_server import serving
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -28,20 +27,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 def told():
     """What was posted to the team's webhook: (its address, [text])."""
     texts = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/hook-with-a-key", texts
-    server.shutdown()
+    with serving(lambda asked: texts.append(json.loads(asked.body)["text"]) or (200, b"", {})) as address:
+        yield f"{address}/hook-with-a-key", texts
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import threading
 from concurrent.futures import Future
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from flows import pushgateway
+from tests.unit.stub_server import serving
 
 GRAFANA = Path(__file__).parents[2] / "infra/grafana"
 KNOWN = {name for _, name, *_ in pushgateway.SERIES} | {pushgateway.STAGES, "push_time_seconds"}
@@ -51,23 +51,13 @@ def gateway():
     """An HTTP server that keeps what it is sent: (url, [(method, path, login, body)])."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_PUT(self):
-            login = base64.b64decode(self.headers.get("Authorization", "Basic ").split()[-1]).decode()
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-            asked.append((self.command, self.path, login, body))
-            self.send_response(202)
-            self.end_headers()
+    def keep(one):
+        login = base64.b64decode(one.headers.get("Authorization", "Basic ").split()[-1]).decode()
+        asked.append((one.method, one.path, login, one.body.decode()))
+        return 202, b"", {}
 
-        do_DELETE = do_PUT
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
+    with serving(keep) as address:
+        yield address, asked
 
 
 def wait_for(asked, count):

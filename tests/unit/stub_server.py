@@ -41,7 +41,7 @@ def serving(answer: Callable[[Asked], tuple[int, Any, dict[str, str]] | None]) -
             self.end_headers()
             self.wfile.write(b"" if self.command == "HEAD" else data)
 
-        do_POST = do_HEAD = do_GET
+        do_POST = do_PUT = do_DELETE = do_HEAD = do_GET
 
         def log_message(self, *_):
             pass
