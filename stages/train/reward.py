@@ -1,7 +1,7 @@
-"""Train a reward model: Bradley-Terry on pairs of completions, one epoch at most.
+"""Train a reward model: Bradley-Terry on pairs of completions, one epoch unless `max_epochs` says more.
 
-A second look at a completion memorises it: so the pairs of a prompt, which share completions, lie in one optimizer
-step (Ouyang et al., arXiv 2203.02155, section 3.5), and an epoch passes over each prompt once.
+A large model memorises a completion at the second look: so the pairs of a prompt, which share completions, lie in one
+optimizer step (Ouyang et al., arXiv 2203.02155, section 3.5), and an epoch passes over each prompt once.
 
 Two stages as in Command A (arXiv 2504.00698, section 3.2.3) are two of these: the first with the input `ensemble`, which
 labels many pairs; the second from the first (input `start`) on the best pairs, labelled by the strength of preference.
@@ -34,7 +34,8 @@ DISTRIBUTED = True
 @dataclass
 class Config(TrainConfig):
     lr: float = option(4e-5, "peak learning rate")
-    steps: int = option(4000, "optimizer steps; cut to one epoch over the pairs")
+    steps: int = option(4000, "optimizer steps; cut to max_epochs over the prompts")
+    max_epochs: int = option(1, "most passes over the prompts; small models gain by a second, large ones memorise")
     batch_groups: int = option(64, "prompts an optimizer step, each with all of its pairs")
     pairs_per_prompt: int = option(1, "pairs made of each prompt's completions, those furthest apart in reward first")
     min_gap: float = option(0.0, "least difference between the rewards of a pair")
@@ -54,10 +55,9 @@ class Config(TrainConfig):
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     config.check()
-    if config.batch_groups < 1 or config.pairs_per_prompt < 1:
-        raise ConfigError(
-            f"batch_groups is {config.batch_groups}, pairs_per_prompt {config.pairs_per_prompt}; give at least 1"
-        )
+    for name in ("batch_groups", "pairs_per_prompt", "max_epochs"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}: {getattr(config, name)} trains on nothing; give at least 1")
     if not 0 < config.heldout < 1:
         raise ConfigError(f"heldout: {config.heldout} is no share; give more than 0 and less than 1")
     if ("init" in inputs) == ("start" in inputs):
@@ -108,7 +108,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
             f"{len(rows)} prompts give {pairs} pairs to train on and {len(judged)} to hold out within "
             f"sequence_length {config.sequence_length} and min_gap {config.min_gap}; sample more prompts or completions"
         )
-    config = _one_epoch(config, len(prompts))
+    config = cut(config, len(prompts))
     ctx.log(f"{pairs} pairs of {len(prompts)} prompts to train on in {config.steps} steps, {len(judged)} held out")
     options = bradley_terry.Config(centring=config.centring)
     metrics = train(
@@ -119,9 +119,9 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     return metrics | {"pairs": pairs, **judge(judged, inputs.get("probe"), out, ctx)}
 
 
-def _one_epoch(config: Config, prompts: int) -> Config:
-    """The configuration with `steps`, and all that is counted in steps, cut to one epoch over the prompts."""
-    steps = min(config.steps, -(-prompts // config.batch_groups))
+def cut(config: Config, prompts: int) -> Config:
+    """The configuration with `steps`, and all that is counted in steps, cut to `max_epochs` over the prompts."""
+    steps = min(config.steps, -(-config.max_epochs * prompts // config.batch_groups))
     warmup = min(config.warmup_steps, steps - 1)
     return replace(
         config, steps=steps, warmup_steps=warmup, precision_phases=_first(config.precision_phases, steps),

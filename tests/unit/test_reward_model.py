@@ -14,13 +14,19 @@ from tiny import jsonl
 
 from stages.stage import ConfigError, Kind, load, parse
 from stages.train._judge import elo, optimised, quality
-from stages.train.reward import Pairs, relabelled, split, strength
+from stages.train.reward import Pairs, cut, relabelled, split, strength
 
 STRENGTHS = [[1.0, 0.999], [0.5, 0.8]]
 
 
 def test_a_label_is_that_of_the_strength_of_the_preference():
     assert [strength(STRENGTHS, gap) for gap in (2.0, 1.0, 0.7, 0.2)] == [0.999, 0.999, 0.8, 0.5]
+
+
+def test_steps_end_with_the_epochs_over_the_prompts():
+    epochs = [cut(config(steps=100, batch_groups=4, max_epochs=n), 50) for n in (1, 2, 9)]
+    assert [one.steps for one in epochs] == [13, 25, 100]
+    assert cut(config(steps=100, batch_groups=4, warmup_steps=40), 50).warmup_steps == 12
 
 
 def test_every_reward_model_holds_out_the_same_prompts():
@@ -129,6 +135,7 @@ def test_an_ensemble_labels_or_sorts_out(start):
     ({"strengths": [["much", 0.9]]}, {"init": 0}, r"strengths: \['much', 0.9\]"),
     ({"strengths": STRENGTHS[::-1]}, {"init": 0}, "the gaps of .* do not fall"),
     ({"soft_label": -1.0}, {"init": 0}, "soft_label: -1.0 is negative"),
+    ({"max_epochs": 0}, {"init": 0}, "max_epochs: 0 trains on nothing"),
     ({"agree": True}, {"init": 0}, "agree: compares rewards with an ensemble"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused(values, inputs, message):
