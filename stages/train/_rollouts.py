@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,11 @@ from transformers import AutoTokenizer
 
 from stages.rewards._common import refuse_idle
 from stages.rollout._collect import Sampler, load_prompts, read_jsonl, render_prompt, schedule, statistics, write_jsonl
+from stages.rollout.engines._engine import parity
 from stages.stage import Context, CuveeError, resolve
 from stages.train._groups import Grouper, epoch_slice
 from stages.trainer.batch import Sequence
-from stages.trainer.parallel import on_first
+from stages.trainer.parallel import gathered, on_first
 
 PROBES = 4  # prompts of a block whose log-probabilities check that engine and trainer agree after each sync
 
@@ -87,13 +87,16 @@ class Rollouts:
         missing = [i for i in range(number, last + 1) if not on_first(self._file(i).exists)]
         if not missing:
             return
-        if shares := self.clock.lap():
-            self._tell(step, shares)
+        first = self.clock.last is None
+        if not first:
+            self._tell(step, self.clock.lap())
         gap = self._sync(number, trainer)
+        if first:
+            self.clock.lap()  # starts it: to make the engine, once a process, is no part of a step
         for block in missing:
             if self.engines.REMOTE and block > number:  # while this block is trained on
-                first = dist.get_rank() == 0
-                self.ahead = (block, step, gap, self._thread.submit(self._ask, block) if first else None)
+                asks = dist.get_rank() == 0
+                self.ahead = (block, step, gap, self._thread.submit(self._ask, block) if asks else None)
                 continue
             for name, seconds in self._keep(block, step, gap, partial(self._ask, block)).items():
                 self.clock.spent[name] += seconds
@@ -103,9 +106,8 @@ class Rollouts:
         with self.clock.measure("syncing"):
             probes = [render_prompt(self.tokenizer, p) for p in self._prompts_of(number)[:PROBES]]
             groups = [[Sequence(np.array(p, np.int32), np.ones(len(p), np.float32))] for p in probes]
-            state, logprobs = self._weights(trainer), trainer.logprobs(groups)
-            policy = SimpleNamespace(hf_state=lambda: state, logprobs=lambda _: logprobs)
-            return max(self._everywhere(lambda: self._take_over(policy, probes)))
+            weights, logprobs = self._weights(trainer), trainer.logprobs(groups)
+            return max(self._everywhere(lambda: self._take_over(weights, probes, logprobs)))
 
     def _weights(self, trainer: Any) -> Any:
         """The policy's weights by their names, or for a server a folder of them: no process then holds them all at once."""
@@ -117,13 +119,13 @@ class Rollouts:
         dist.barrier()
         return folder
 
-    def _take_over(self, policy: Any, probes: list[list[int]]) -> float:
+    def _take_over(self, weights: Any, probes: list[list[int]], logprobs: list[np.ndarray]) -> float:
         if self.sampler is None:
-            engine = self.config.make_engine(self.init, self.ctx, policy.hf_state())
+            engine = self.config.make_engine(self.init, self.ctx, weights)
             self.sampler = Sampler(self.config, engine, self.ctx, self.reward)
         else:
-            self.sampler.engine.sync_weights(policy.hf_state())
-        return self.engines.parity(self.sampler.engine, policy, probes)
+            self.sampler.engine.sync_weights(weights)
+        return parity(self.sampler.engine, probes, logprobs, weights)
 
     def _ask(self, number: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """(rows, seconds spent) of this process's share of a block's prompts."""
@@ -158,23 +160,8 @@ class Rollouts:
                 self._keep(*block, future and future.result)
 
     def _everywhere(self, make: Callable[[], Any]) -> list[Any]:
-        """What `make` gives on each process that samples (the first alone where the engine is a server), on all of them;
-        raises what it raised on any."""
-        if dist.get_world_size() == 1:
-            return [make()]
-        mine: tuple[Any, Exception | None] = (None, None)
-        if dist.get_rank() == 0 or not self.engines.REMOTE:
-            try:
-                mine = (make(), None)
-            except Exception as error:  # the others must not wait for what will not come
-                plain = error if isinstance(error, CuveeError) else RuntimeError(f"rank {dist.get_rank()}: {error!r}")
-                mine = (None, plain)
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        for _, error in parts:
-            if error is not None:
-                raise error
-        return [value for value, _ in parts if value is not None]
+        """What `make` gives on each process that samples (the first alone where the engine is a server), on all of them."""
+        return gathered(make, only_first=self.engines.REMOTE)
 
     def _tell(self, step: int, values: dict[str, float]) -> None:
         if dist.get_rank() == 0:

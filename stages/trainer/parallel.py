@@ -27,20 +27,27 @@ def device() -> torch.device:
 
 def on_first(make: Callable[[], T]) -> T:
     """What `make` gives on rank 0, on every rank; raises what it raised there. A collective: the others wait."""
+    return gathered(make, only_first=True)[0]
+
+
+def gathered(make: Callable[[], T], only_first: bool = False) -> list[T]:
+    """What `make` gives on each rank, or on the first alone, on every rank; raises what it raised on any. A collective."""
     if dist.get_world_size() == 1:
-        return make()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+        return [make()]
+    mine: tuple[Any, Exception | None] = (None, None)
+    own: Exception | None = None
+    if dist.get_rank() == 0 or not only_first:
         try:
-            box[0] = make()
+            mine = (make(), None)
         except Exception as error:  # the others must not wait for what will not come
-            plain = error if isinstance(error, CuveeError) else RuntimeError(f"on rank 0: {error!r}")
-            dist.broadcast_object_list([None, plain])
-            raise
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            own = error
+            mine = (None, error if isinstance(error, CuveeError) else RuntimeError(f"on rank {dist.get_rank()}: {error!r}"))
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    for _, error in parts:
+        if error is not None:
+            raise own or error
+    return [value for value, _ in (parts[:1] if only_first else parts)]
 
 
 def join() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -83,3 +84,40 @@ def test_one_process_asks_a_server_for_both(tmp_path, inputs):
     assert asked == [[12, 12], []] and len(losses(root)) == 3
     rows = [json.loads(line) for line in (root / "out/rollouts.jsonl").read_text().splitlines()]
     assert [row["version"] for row in rows] == [0] * 12 + [2] * 12
+
+
+def fail_on(rank: int, port: int, failing: int, out: Path) -> None:
+    from torch.distributed import init_process_group
+
+    from stages.trainer.parallel import gathered, on_first
+
+    init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    def make() -> int:
+        if rank == failing:
+            raise OSError(errno.ENOSPC, "full")
+        return rank
+
+    found = []
+    for collective in (gathered, on_first):
+        try:
+            found.append(collective(make))
+        except Exception as error:
+            found.append(repr(error))
+    (out / f"{failing}-{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("failing, wanted", [(0, 2), (1, 1)])
+def test_what_fails_on_one_rank_fails_on_all_and_as_itself_on_its_own(tmp_path, failing, wanted):
+    """A full disk must reach the user as one (stages/run.py): an OSError that is only told of is none any more."""
+    free = port()
+    ranks = [FORKS.Process(target=fail_on, args=(rank, free, failing, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    own, other = (json.loads((tmp_path / f"{failing}-{r}.json").read_text()) for r in (failing, 1 - failing))
+    error = "OSError(28, 'full')"
+    assert own[:wanted] == [error] * wanted
+    assert other[:wanted] == [f'RuntimeError("on rank {failing}: {error}")'] * wanted
+    assert own[wanted:] == other[wanted:] == [0] * (2 - wanted)
