@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from stages.rollout._collect import EngineConfig
+from stages.rollout._collect import EngineConfig, read_jsonl, render_prompt
 from stages.stage import Artifact, ConfigError, Context, CuveeError, option, resolve
 
 
@@ -36,8 +36,7 @@ def held_out(sources: dict[str, Artifact], count: int, skip: int = 0) -> list[di
     found = []
     for domain in sorted(sources):  # not in the recipe's order of experts, which is no part of the address
         path = sources[domain].path / "heldout.jsonl"
-        with open(path, encoding="utf-8") as file:  # not splitlines(): a text may hold other line ends, such as U+2028
-            rows = [json.loads(line) for line in file][skip:]
+        rows = read_jsonl(path)[skip:]
         if not rows:
             raise CuveeError(f"{path} holds no prompt{f' after the first {skip}' if skip else ''}; raise the held-out "
                              f"count of prompts-{domain}")  # fmt: skip
@@ -52,7 +51,7 @@ def answer(
     `reward_sampled`, the mean reward of so many completions at temperature 1. config: an EngineConfig with max_new_tokens."""
     from transformers import AutoTokenizer
 
-    from stages.chat.render import render_row, response
+    from stages.chat.render import response
 
     tokenizer = AutoTokenizer.from_pretrained(model.path)
     stop = tokenizer.eos_token_id
@@ -60,7 +59,7 @@ def answer(
     verifier = resolve("rewards", "verifier").Reward(ctx, None)
     samples = []
     for domain, rows in by(prompts, "domain").items():
-        ids = [render_row(tokenizer, row, generation=True).ids for row in rows]
+        ids = [render_prompt(tokenizer, row) for row in rows]
         made = engine.generate(ids, n=1, max_new_tokens=config.max_new_tokens, temperature=0.0, seed=0, stop=[stop])
         if samples_each:
             drawn = engine.generate(
@@ -109,8 +108,5 @@ def contamination(prompts: Artifact, corpus: Artifact) -> str:
         if digests.get(file) not in against:
             return f"{file} is not among data.benchmarks"
     quotes = config.get("heldout") and getattr(resolve("tasks", config["domain"]), "DOCUMENTS", False)
-    return (
-        "its prompts quote held-out documents, which no block decontaminate kept out"
-        if quotes and not told["heldout"]
-        else ""
-    )
+    loose = quotes and not told["heldout"]
+    return "its prompts quote held-out documents, which no block decontaminate kept out" if loose else ""

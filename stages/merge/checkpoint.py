@@ -78,30 +78,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CuveeError(f"{path} can't be read ({error}); make this artifact again") from None
 
 
-def digest(*paths: Path) -> str:
-    """SHA-256 over names and bytes of the files that exist among `paths`."""
-    found = hashlib.sha256()
-    for path in paths:
-        if path.exists():
-            found.update(path.name.encode() + b"\0")
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    found.update(block)
-    return found.hexdigest()
+def digest(path: Path) -> str:
+    """SHA-256 over name and bytes of the file; of nothing where there is none."""
+    told = path.name.encode() + b"\0" + path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(told).hexdigest()
 
 
 def tokenizer_digests(folder: Path) -> dict[str, str]:
     """Digests of the vocabulary ("tokenizer") and of what turns messages into text ("template") in `folder`."""
     settings = folder / "tokenizer_config.json"
     template = folder / "chat_template.jinja"
-    text = read_json(settings).get("chat_template") or "" if settings.exists() else ""
-    text = (
-        template.read_text(encoding="utf-8")
-        if template.exists()
-        else text
-        if isinstance(text, str)
-        else json.dumps(text)
-    )
+    named = read_json(settings).get("chat_template") if settings.exists() else None
+    text = template.read_text(encoding="utf-8") if template.exists() else named or ""
+    text = text if isinstance(text, str) else json.dumps(text)
     return {"tokenizer": digest(folder / "tokenizer.json"), "template": hashlib.sha256(text.encode()).hexdigest()}
 
 

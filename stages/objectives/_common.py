@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 from stages.stage import ConfigError
@@ -41,11 +41,7 @@ def pick(batch: Packed, values: Tensor, where: Tensor) -> Tensor:
 def complete(batch: Packed, *roles: Tensor) -> Tensor:
     """[S], 1 at the ids of groups that hold exactly one filled sequence of every role ([S] bool each), else 0."""
     present = filled(batch)
-    counts = [by_group(batch, (role & present).to(batch.logprobs)) for role in roles]
-    whole = counts[0] == 1
-    for count in counts[1:]:
-        whole = whole & (count == 1)
-    return whole.to(batch.logprobs)
+    return prod(by_group(batch, (role & present).to(batch.logprobs)) == 1 for role in roles).to(batch.logprobs)
 
 
 def total(values: Tensor, weight: Tensor) -> Tensor:

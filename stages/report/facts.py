@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from stages.evaluation.stats import paired, win_rate
+from stages.rollout._collect import read_jsonl
 from stages.stage import Artifact, CuveeError
 
 INTERRUPTION = 30.0  # seconds in which nothing ran
@@ -73,8 +74,7 @@ def collect(scores: dict[str, Artifact], others: list[Artifact]) -> Facts:
     models = {}
     for name, artifact in scores.items():
         checkpoint = artifact.record["inputs"]["model"]["fingerprint"]
-        with open(artifact.path / "samples.jsonl", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        rows = read_jsonl(artifact.path / "samples.jsonl")
         found = json.loads((artifact.path / "scores.json").read_text(encoding="utf-8"))
         models[name] = Model(name, records[checkpoint], found, {row["id"]: row for row in rows})
     require_same_basis(models)

@@ -9,14 +9,15 @@ from markupsafe import Markup
 
 from stages.report import charts, judging, tables
 from stages.report.charts import clock, label, percent, share
-from stages.report.claims import claims
 from stages.report.facts import Facts, busy, gains, parameter_count, retention, win_rates, work
 from stages.report.lineage import draw
 
 HERE = Path(__file__).parent
 
 
-def page(facts: Facts, title: str, hourly_cost: float, currency: str, extras: dict[str, Any]) -> str:
+def page(
+    facts: Facts, claimed: list[dict[str, Any]], title: str, hourly_cost: float, currency: str, extras: dict[str, Any]
+) -> str:
     """The whole page. extras: "corpus" (table.json), "parity" (parity.json), "judged" (judged.json); any may be None."""
     import jinja2
 
@@ -24,13 +25,15 @@ def page(facts: Facts, title: str, hourly_cost: float, currency: str, extras: di
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
-    values = context(facts, title, hourly_cost, currency, extras)
+    values = context(facts, claimed, title, hourly_cost, currency, extras)
     return environment.get_template("page.jinja").render(style=style, **values)
 
 
-def context(facts: Facts, title: str, hourly_cost: float, currency: str, extras: dict[str, Any]) -> dict[str, Any]:
+def context(
+    facts: Facts, claimed: list[dict[str, Any]], title: str, hourly_cost: float, currency: str, extras: dict[str, Any]
+) -> dict[str, Any]:
     """Every value that the template names."""
-    gained, held, wins, claimed = gains(facts), retention(facts), win_rates(facts), claims(facts)
+    gained, held, wins = gains(facts), retention(facts), win_rates(facts)
     judged = extras.get("judged")
     soups = list(dict.fromkeys(row["soup"] for row in held))
     first = facts.final.scores
@@ -213,9 +216,8 @@ def say_perplexity(facts: Facts) -> str:
 
 def say_lineage(facts: Facts) -> str:
     kinds = [record["kind"] for record in facts.records.values()]
-    names = {"checkpoint": "checkpoint", "pairs": "set of sampled completions", "scores": "evaluation"}
-    parts = [plural(kinds.count(kind), name).replace("set of sampled completionss", "sets of sampled completions")
-             for kind, name in names.items() if kind in kinds]  # fmt: skip
+    names = {"checkpoint": ("checkpoint", ""), "pairs": ("set", " of sampled completions"), "scores": ("evaluation", "")}
+    parts = [plural(kinds.count(kind), name) + rest for kind, (name, rest) in names.items() if kind in kinds]
     return f"{len(kinds)} artifacts stand behind this report, among them {listed(parts)}. Evaluations are not drawn."
 
 

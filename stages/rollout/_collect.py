@@ -81,7 +81,7 @@ def check_mix(mix: dict[str, float], inputs: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:  # not splitlines(): a text may hold other line ends, such as U+2028
         return [json.loads(line) for line in file]
 
 
@@ -138,7 +138,7 @@ def answer_ids(tokenizer: Any, row: dict[str, Any], answer: str) -> list[int]:
     """
     from stages.chat.render import render_row
 
-    prompt = render_row(tokenizer, row, generation=True).ids
+    prompt = render_prompt(tokenizer, row)
     whole = render_row(tokenizer, row, answer).ids
     if whole[: len(prompt)] != prompt:
         raise CuveeError("chat template: a prompt is not the beginning of the same conversation with its answer; "

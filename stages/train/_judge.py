@@ -52,9 +52,7 @@ def optimised(proxy: list[list[float]], gold: list[list[float]]) -> list[dict[st
     k = min(map(len, proxy))
     found = []
     for n in (2**i for i in range(k.bit_length())):
-        weights = np.array(
-            [math.comb(i, n - 1) / math.comb(k, n) for i in range(k)]
-        )  # of the i-th worst to be the best
+        weights = np.array([math.comb(i, n - 1) / math.comb(k, n) for i in range(k)])  # of the i-th worst to be the best
         best: dict[str, list[float]] = {"proxy": [], "gold": []}
         for scores, truth in zip(proxy, gold, strict=True):
             p, g = np.array(scores[:k]), np.array(truth[:k])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages.chat.render import TURNS
+from stages.chat.render import TURNS, render_row
 from stages.rollout._collect import check_mix, load_prompts, read_jsonl, schedule
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.trainer.config import TrainConfig
@@ -133,7 +133,6 @@ class Conversations:
     def _sequence(self, prompt: dict[str, Any]):
         import numpy as np
 
-        from stages.chat.render import render_row
         from stages.trainer.batch import Sequence
 
         rendered = render_row(self.tokenizer, prompt, prompt.get("answer"), turns=self.config.turns)

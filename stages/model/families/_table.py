@@ -62,7 +62,7 @@ def table(config: ModelConfig, head: str = "lm") -> list[Row]:
             norm = {f"{hf}.post_attention_layernorm.weight": (h,)}
             rows.append(Row(f"{ours}.pre_mlp_layernorm.weight", norm, None))
         fc1 = {f"{hf}.mlp.gate_proj.weight": (ffn, h), f"{hf}.mlp.up_proj.weight": (ffn, h)}
-        rows.append(Row(f"{ours}.mlp.linear_fc1.weight", fc1, std, 1, _stack, _unbind, (2, ffn, h)))
+        rows.append(Row(f"{ours}.mlp.linear_fc1.weight", fc1, std, 1, _stack, list, (2, ffn, h)))
         rows.append(Row(f"{ours}.mlp.linear_fc2.weight", {f"{hf}.mlp.down_proj.weight": (h, ffn)}, residual, 1))
     rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}, None))
     if head == "reward":
@@ -120,7 +120,3 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     import torch
 
     return torch.stack(tensors)
-
-
-def _unbind(whole: Tensor) -> list[Tensor]:
-    return list(whole.unbind(0))
