@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.stage import Artifact, Context, Estimate, Input, Kind, option
 
-VERSION = "2"
+VERSION = "3"
 INPUTS = {"model": Input(Kind.CHECKPOINT)}
 OUTPUT = Kind.EXPORT
 
@@ -79,7 +79,7 @@ def _readme(model: Artifact, license: str, family: str, parity: dict[str, float]
 
     chain = recipe(model.record, model.record.get("ancestors", {}))
     parts = [
-        front_matter(license, None, family),
+        front_matter(license, None, family, chain),
         f"# {model.record['name']}\n",
         f"A decoder with the {family} architecture, address `{model.fingerprint}`. Its report holds the evaluation.\n",
         "## How it was made\n",

@@ -13,7 +13,7 @@ def card(facts: Facts, license: str, extras: dict[str, Any]) -> str:
     final = facts.final.record
     chain = recipe(final, facts.records)
     parts = [
-        front_matter(license, extras.get("corpus"), family(chain)),
+        front_matter(license, extras.get("corpus"), family(chain), chain),
         f"# {facts.final.name}\n",
         f"A decoder of {parameter_count(facts):,} parameters ({family(chain)}), address `{final['fingerprint']}`.\n",
         "## How it was made\n",
@@ -29,13 +29,13 @@ def card(facts: Facts, license: str, extras: dict[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def front_matter(license: str, corpus: dict[str, Any] | None, family: str) -> str:
+def front_matter(license: str, corpus: dict[str, Any] | None, family: str, chain: list[dict[str, Any]]) -> str:
     """YAML for a model hub. Languages are those of the training documents."""
     languages = (
         sorted({r["language"] for r in corpus["rows"] if r["outcome"] == "train" and r["language"]}) if corpus else []
     )
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {license}"]
-    lines += ["tags:", f"- {family}", "- merge"]
+    lines += ["tags:", f"- {family}", *["- merge"] * any(record["stage"] == "merge.soup" for record in chain)]
     if languages:
         lines += ["language:", *(f"- '{language}'" for language in languages)]  # quoted: YAML reads a bare no as false
     return "\n".join([*lines, "---", ""])

@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.stage import ConfigError, Context, CuveeError, Input, Kind, option
 
-VERSION = "3"
+VERSION = "4"
 INPUTS = {
     "scores": Input(Kind.SCORES, many=True),
     "export": Input(Kind.EXPORT, optional=True),
@@ -38,6 +38,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     Raises CuveeError for an empty set of scores, or scores that were taken on different prompts or settings.
     """
     from stages.report.card import card
+    from stages.report.claims import claims
     from stages.report.facts import collect
     from stages.report.matrix import matrix
     from stages.report.page import page
@@ -46,15 +47,16 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         raise CuveeError("there are no scores to report; evaluate at least one model")
     others = [inputs[name] for name in ("export", "corpus") if name in inputs]
     facts = collect(inputs["scores"], others)
+    claimed = claims(facts)
     extras = {
         "corpus": _json(inputs["corpus"].path / "table.json") if "corpus" in inputs else None,
         "parity": _json(inputs["export"].path / "parity.json") if "export" in inputs else None,
         "judged": _json(inputs["reward"].path / "judged.json") if "reward" in inputs else None,
     }
     files = {
-        "matrix.json": json.dumps(matrix(facts), indent=1) + "\n",
+        "matrix.json": json.dumps(matrix(facts, claimed), indent=1) + "\n",
         "model_card.md": card(facts, config.license, extras),
-        "report.html": page(facts, config.title, config.hourly_cost, config.currency, extras),
+        "report.html": page(facts, claimed, config.title, config.hourly_cost, config.currency, extras),
     }
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")

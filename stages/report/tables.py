@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from stages.report.charts import clock, label, percent
@@ -233,4 +232,5 @@ def time(facts: Facts, hourly_cost: float, currency: str) -> dict[str, Any]:
 
 
 def _scientific(number: float) -> str:
-    return f"{number / 10 ** math.floor(math.log10(number)):.1f}e{math.floor(math.log10(number))}" if number else ""
+    digits, exponent = f"{number:.1e}".split("e")
+    return f"{digits}e{int(exponent)}" if number else ""

@@ -56,7 +56,8 @@ def test_the_folder_generates_with_transformers(export, model):
 
 def test_the_card_tells_how_it_was_made(export):
     _, front, body = (export[0] / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front)["license"] == "mit"
+    assert (told := yaml.safe_load(front))["license"] == "mit"
+    assert told["tags"] == ["cohere2"]  # nothing was merged on the way
     assert body.index("| `base` | train.pretrain | 3.0 | lr 0.001 |") < body.index("| `polished` | train.rl |")
 
 

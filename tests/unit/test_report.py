@@ -12,7 +12,7 @@ import recipe_records
 import tiny
 import yaml
 
-from stages.report import report
+from stages.report import report, tables
 from stages.report.facts import average, busy, collect, gains, origin, parameter_count, retention, win_rates, work
 from stages.report.lineage import graph
 from stages.report.svg import spread
@@ -196,10 +196,15 @@ def test_matrix_holds_what_a_terminal_shows(made, facts):
     assert made[0]["score"] == found["models"]["polished"]["mean"]["value"]
 
 
+@pytest.mark.parametrize("number, said", [(0.0, ""), (1.25e9, "1.2e9"), (9.96e11, "1.0e12"), (3e21, "3.0e21")])
+def test_operations_are_rounded_before_their_power_of_ten_is_told(number, said):
+    assert tables._scientific(number) == said
+
+
 def test_card_states_records_and_parses_as_yaml(made):
     card = made[1]["model_card.md"]
     _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front)["language"] == ["de", "en", "ja"]
+    assert yaml.safe_load(front)["language"] == ["de", "en", "ja"] and "merge" in yaml.safe_load(front)["tags"]
     assert "1,311,872 parameters" in body and "| `sft-soup` | merge.soup |" in body and "1.9e-06" in body
 
 
