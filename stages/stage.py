@@ -92,9 +92,9 @@ def option(default: Any, help: str, choices: str | tuple[str, ...] | None = None
     return _field(default, {"help": help, "choices": choices})
 
 
-def placement(default: Any, help: str) -> Any:
+def placement(default: Any, help: str, choices: str | tuple[str, ...] | None = None) -> Any:
     """A field that only says where or how fast (micro-batch, threads, paths): never part of a fingerprint."""
-    return _field(default, {"help": help, "placement": True})
+    return _field(default, {"help": help, "choices": choices, "placement": True})
 
 
 def _field(default: Any, metadata: dict[str, Any]) -> Any:

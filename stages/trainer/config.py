@@ -58,7 +58,7 @@ class TrainConfig:
     context_parallel: int = placement(1, "ranks that share each sequence")
     distributed_optimizer: bool = placement(False, "share optimizer state among data-parallel ranks")
     fsdp: bool = placement(False, "share weights and gradients among data-parallel ranks too")
-    recompute: str = placement("none", "activations computed again in the backward pass: none, selective or full")
+    recompute: str = placement("none", "activations computed again in the backward pass", RECOMPUTE)
 
     def placed(self, step: int) -> "TrainConfig":
         """This configuration with the placement of step `step`; between different ones the process starts again."""
@@ -71,6 +71,11 @@ class TrainConfig:
                 return name
             step -= steps
         return self.precision
+
+    @property
+    def fp8(self) -> bool:
+        """Whether any step computes in FP8."""
+        return any(name.startswith("fp8") for name, _ in self.precision_phases or [(self.precision, self.steps)])
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0): warmup, then `schedule`, ending at min_lr.
@@ -120,8 +125,6 @@ class TrainConfig:
             raise ConfigError(
                 f"{at}spike_factor: {self.spike_factor} calls ordinary losses spikes; give more than 1, or 0"
             )
-        if self.recompute not in RECOMPUTE:
-            raise ConfigError(f"{at}recompute: {unknown(self.recompute, list(RECOMPUTE))}")
         self._check_precision(at)
         self._check_profile(at)
 

@@ -14,6 +14,7 @@ from stages.merge import soup
 from stages.objectives import ce
 from stages.rewards.reward_model import Scorer
 from stages.rollout.engines import transformers as engines
+from stages.rollout.engines._engine import parity
 from stages.stage import Context, Kind
 from stages.trainer.trainer import Trainer
 from tests.parity.families import FAMILIES, LLAMA, QWEN2, export
@@ -119,8 +120,9 @@ def test_the_engine_takes_the_trainers_weights_and_they_agree(model):
     trainer = Trainer(config(), read_config(folder), cross_entropy, init=folder)
     trainer.step(Counting().batch(0, None), 1e-2)
     engine = engines.Engine(folder, ctx, trainer.hf_state())
-    sequences = [s.tokens.tolist() for group in Counting(seed=5).batch(0, None) for s in group]
-    assert engines.parity(engine, trainer, sequences) < 1e-3
+    groups = [[replace(s, mask=np.ones_like(s.mask))] for group in Counting(seed=5).batch(0, None) for s in group]
+    sequences = [s.tokens.tolist() for (s,) in groups]
+    assert parity(engine, sequences, trainer.logprobs(groups), trainer.hf_state()) < 1e-3
 
 
 def test_a_soup_of_two_is_their_mean(model, tmp_path):

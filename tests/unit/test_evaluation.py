@@ -169,7 +169,7 @@ def test_stage_scores_every_domain(inputs, tmp_path):
 
 def test_an_engine_s_options_are_checked_and_no_part_of_the_scores(inputs, tmp_path, monkeypatch):
     for module in (evaluate, choose):
-        with pytest.raises(ConfigError, match="engine_options: url is ''"):
+        with pytest.raises(ConfigError, match="engine_options.url: '' is no address"):
             module.check(module.Config(engine="openai"), inputs)
         with pytest.raises(ConfigError, match="engine_options: url given, but engine transformers has none"):
             module.check(module.Config(engine_options={"url": "http://127.0.0.1:1/v1"}), inputs)

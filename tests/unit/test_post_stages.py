@@ -214,7 +214,7 @@ def test_rollouts_that_are_all_rewarded_alike_teach_nothing(speaker, prompts, tm
     ({"completions": 0, "with_answer": True}, "completions: 0"),
     ({"max_new_tokens": 128}, "max_new_tokens: 128 leave no room for a prompt in sequence_length 128"),
     ({"objective": "ppo", "context_parallel": 2}, "context_parallel: 2, under which objective ppo"),
-    ({"engine": "openai"}, "engine_options: url is ''"),
+    ({"engine": "openai"}, "engine_options.url: '' is no address"),
     ({"engine": "openai", "engine_options": {"url": "http://x/v1", "concurrency": 0}}, "concurrency is 0"),
 ])  # fmt: skip
 def test_rl_that_cannot_work_is_refused(speaker, prompts, tmp_path, changes, words):

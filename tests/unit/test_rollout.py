@@ -1,11 +1,14 @@
 """The rollout engine writes what transformers would, its log-probabilities are true, and a bad sync is caught."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from post_helpers import context, save_checkpoint
 
 from stages.rollout.engines import transformers as engines
+from stages.rollout.engines._engine import parity
 from stages.stage import CuveeError
 
 STOP = 8
@@ -110,25 +113,13 @@ def test_never_chooses_ids_without_text(engine):
     assert max(c.ids[0] for c in rows) < len(engine.tokenizer) < engine.model.config.vocab_size
 
 
-class Trainer:
-    """A trainer as the probe sees it: another instance of the model."""
-
-    def __init__(self, engine):
-        import copy
-
-        self.twin = copy.copy(engine)
-        self.twin.model = copy.deepcopy(engine.model)
-
-    def logprobs(self, groups):
-        return self.twin.logprobs([s.tokens.tolist() for g in groups for s in g])
-
-    def hf_state(self):
-        return {k: v for k, v in self.twin.model.state_dict().items() if k != "lm_head.weight"}
+def weights(engine):
+    return {k: v.clone() for k, v in engine.model.state_dict().items() if k != "lm_head.weight"}
 
 
 def test_weights_of_another_shape_are_refused_and_none_is_taken(engine):
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
-    state = {name: tensor + 1 for name, tensor in Trainer(engine).hf_state().items()}
+    state = {name: tensor + 1 for name, tensor in weights(engine).items()}
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(CuveeError, match=f"of another shape .'{name}'"):
         engine.sync_weights(state | {name: state[name][:-1]})
@@ -147,28 +138,27 @@ def test_greedy_and_sampled_calls_share_their_slots(engine, prompts):
 
 
 def test_sync_takes_over_new_weights(engine, prompts, tmp_path):
-    own = engines.Engine(
-        save_checkpoint(tmp_path / "m", std=0.4, seed=9), context(tmp_path / "s"), Trainer(engine).hf_state()
-    )
-    assert engines.parity(own, Trainer(engine), prompts[:3]) < 1e-5
+    state = weights(engine)
+    own = engines.Engine(save_checkpoint(tmp_path / "m", std=0.4, seed=9), context(tmp_path / "s"), state)
+    assert parity(own, prompts[:3], engine.logprobs(prompts[:3]), state) < 1e-5
     with pytest.raises(CuveeError, match="missing.*model.norm.weight"):
-        own.sync_weights({k: v for k, v in Trainer(engine).hf_state().items() if k != "model.norm.weight"})
+        own.sync_weights({k: v for k, v in state.items() if k != "model.norm.weight"})
 
 
 @pytest.mark.parametrize(
     "name, group", [("model.layers.2.mlp.up_proj.weight", "layers.2.mlp"), ("model.norm.weight", "norm")]
 )
 def test_parity_probe_names_the_corrupted_tensor(engine, prompts, tmp_path, name, group):
-    trainer = Trainer(engine)
-    state = {k: v.clone() for k, v in trainer.hf_state().items()}
+    state = weights(engine)
     state[name].view(-1)[3] += 0.5
     own = engines.Engine(save_checkpoint(tmp_path / "m"), context(tmp_path / "s"), state)
     with pytest.raises(CuveeError, match=f"the tensor group {group} differs most"):
-        engines.parity(own, trainer, prompts)
+        parity(own, prompts, engine.logprobs(prompts), weights(engine))
 
 
 def test_parity_probe_tells_apart_a_wrong_forward_pass(engine, prompts):
-    trainer = Trainer(engine)
-    trainer.twin.model.logit_scale = 0.3
+    other = copy.copy(engine)
+    other.model = copy.deepcopy(engine.model)
+    other.model.logit_scale = 0.3
     with pytest.raises(CuveeError, match="forward passes disagree"):
-        engines.parity(engine, trainer, prompts)
+        parity(engine, prompts, other.logprobs(prompts), weights(engine))

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from post_helpers import RL, artifact, context, number_prompts, run, save_checkp
 from tiny import hosting
 
 from stages.rollout.engines import openai, transformers
+from stages.rollout.engines._engine import parity
 from stages.stage import ConfigError, CuveeError, Kind
 
 STOP = 8
@@ -120,16 +120,16 @@ def test_new_weights_arrive_and_a_corrupted_one_is_noticed(options, folder, loca
     engine = openai.Engine(folder, context(tmp_path), options=options)
     try:
         local.sync_weights(weights(local, 1.1))
-        policy = SimpleNamespace(hf_state=lambda: weights(local), logprobs=lambda g: local.logprobs(prompts))
+        policy = (prompts, local.logprobs(prompts), weights(local))
         with pytest.raises(CuveeError, match="log-probabilities differ from the trainer's"):
-            openai.parity(engine, policy, prompts)
+            parity(engine, *policy)
         engine.sync_weights(weights(local))
-        assert openai.parity(engine, policy, prompts) < 1e-3
+        assert parity(engine, *policy) < 1e-3
         broken = weights(local)
         broken["model.layers.1.mlp.up_proj.weight"] = broken["model.layers.1.mlp.up_proj.weight"].roll(1, 0)
         engine.sync_weights(broken)
         with pytest.raises(CuveeError, match="log-probabilities differ from the trainer's"):
-            openai.parity(engine, policy, prompts)
+            parity(engine, *policy)
         with pytest.raises(CuveeError, match="log-probabilities differ"):  # of a server that takes no weights
             openai.Engine(folder, context(tmp_path), options=options | {"sync": "none"})
     finally:
@@ -173,8 +173,8 @@ def test_off_policy_a_server_writes_the_next_rollout_meanwhile(cuvee, folder, tm
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"url": "localhost"}, "engine_options: url is 'localhost'"),
-    ({"sync": "magic"}, "one of disk, vllm, none"),
+    ({"url": "localhost"}, "engine_options.url: 'localhost' is no address"),
+    ({"sync": "magic"}, "engine_options.sync: 'magic' is not known; .*disk, vllm, none"),
     ({"key": "NO_SUCH_KEY"}, "engine_options.key: the environment has no variable NO_SUCH_KEY"),
     ({"uri": "x"}, "engine_options.uri: 'uri' is not known; did you mean 'url'"),
 ])  # fmt: skip

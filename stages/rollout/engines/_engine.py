@@ -23,18 +23,15 @@ class Completion:
     logprobs: list[float]
 
 
-def parity(engine: Any, trainer: Any, sequences: list[list[int]]) -> float:
-    """Largest difference in nats between the engine's and the trainer's log-probabilities of `sequences`.
+def parity(engine: Any, sequences: list[list[int]], logprobs: list[np.ndarray], weights: Any) -> float:
+    """Largest difference in nats between the engine's log-probabilities of `sequences` and the trainer's `logprobs`.
 
-    trainer: has `logprobs(groups)` and `hf_state()`. Raises CuveeError above the engine's threshold, or where a weight that
-    the engine can show is not the trainer's, and names the tensor group that differs most.
+    weights: the trainer's, as the engine's `sync_weights` takes them. Raises CuveeError above the engine's threshold, or
+    where a weight that the engine can show is not the trainer's, and names the tensor group that differs most.
     """
-    from stages.trainer.batch import Sequence
-
-    groups = [[Sequence(np.array(s, np.int32), np.ones(len(s), np.float32))] for s in sequences]
-    gaps = [ours - theirs for ours, theirs in zip(engine.logprobs(sequences), trainer.logprobs(groups), strict=True)]
+    gaps = [ours - theirs for ours, theirs in zip(engine.logprobs(sequences), logprobs, strict=True)]
     worst = float(np.abs(np.concatenate(gaps)).max())
-    wrong = engine.differences(trainer.hf_state())
+    wrong = engine.differences(weights)
     if worst <= engine.threshold and not wrong:
         return worst
     said = (

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 REMOTE = True  # one process asks for all
 VOUCHED = 4  # sequences by which a server that takes no weights is compared with this CPU
-SYNCS = ("disk", "vllm", "none")
-__all__ = ["Completion", "Engine", "Options", "check_options", "parity", "prepare"]
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Options:
     model: str = placement("", "the name by which the server knows the model")
     key: str = placement("", "name of the environment variable with the server's key; empty sends none")
     sync: str = placement("disk", "how it takes new weights: disk (/update_weights_from_disk: SGLang, cuvee serve), vllm "
-                                  "(its dev mode's /collective_rpc), none")  # fmt: skip
+                                  "(its dev mode's /collective_rpc), none", ("disk", "vllm", "none"))  # fmt: skip
     tolerance: float = placement(0.5, "nats by which its log-probabilities may differ; BF16 knows logits of 30 to 0.1")
     concurrency: int = placement(64, "requests under way at once")
     timeout: float = placement(1800.0, "seconds that a request may take")
@@ -46,9 +44,8 @@ class Options:
 def check_options(values: dict[str, Any]) -> Options:
     """Raises ConfigError for options that no server could have."""
     own = parse(Options, values, "engine_options")
-    if not own.url.startswith(("http://", "https://")) or own.sync not in SYNCS:
-        raise ConfigError(f"engine_options: url is {own.url!r}, sync {own.sync!r}; give an address such as "
-                          f"http://127.0.0.1:8000/v1, and one of {', '.join(SYNCS)}")  # fmt: skip
+    if not own.url.startswith(("http://", "https://")):
+        raise ConfigError(f"engine_options.url: {own.url!r} is no address; give one such as http://127.0.0.1:8000/v1")
     if own.concurrency < 1 or min(own.timeout, own.tolerance) <= 0:
         raise ConfigError(f"engine_options: concurrency is {own.concurrency}, timeout {own.timeout:g}, tolerance "
                           f"{own.tolerance:g}; give at least 1, and more than 0 of the others")  # fmt: skip
@@ -169,15 +166,12 @@ class Engine:
 
     def _vouch(self, path: Path, ctx: Context) -> None:
         """Raises CuveeError unless the server's log-probabilities are those of `path`."""
-        from types import SimpleNamespace
-
         from stages.rollout.engines import transformers
 
         local = transformers.Engine(path, Context(ctx.scratch))
         rng = np.random.default_rng(0)
         sequences = [rng.integers(0, len(self.tokenizer), 32).tolist() for _ in range(VOUCHED)]
-        nats = local.logprobs(sequences)
-        parity(self, SimpleNamespace(logprobs=lambda _: nats, hf_state=dict), sequences)
+        parity(self, sequences, local.logprobs(sequences), {})
 
     def _post(self, url: str, body: dict[str, Any]) -> Any:
         import httpx

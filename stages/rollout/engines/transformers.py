@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stages.model.cuda import free_memory
 from stages.model.inference import extend, extended, take_rows
-from stages.rollout.engines._engine import Completion, differences, parity
+from stages.rollout.engines._engine import Completion, differences
 from stages.rollout.engines._slots import Slots, choose, output_logits
 from stages.stage import Context, CuveeError
 
@@ -31,7 +31,6 @@ THRESHOLD = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats: FP32 on both sid
 # of 30 are known to 0.1
 
 REMOTE = False  # every process has an engine of its own
-__all__ = ["Completion", "Engine", "parity"]
 
 
 class Engine:
