@@ -41,13 +41,16 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     (least, most), count = method.MODELS, config.top or len(models)
     if not least <= count <= (most or count):
         wanted = f"exactly {least}" if least == most else f"at least {least}"
-        raise ConfigError(f"method: {config.method} merges {wanted} models, found {len(models)} ({', '.join(models)})")
+        found = f"top {count} of {len(models)}" if config.top else len(models)
+        raise ConfigError(f"method: {config.method} merges {wanted} models, found {found} ({', '.join(models)})")
     if method.NEEDS_BASE and "base" not in inputs:
         raise ConfigError(f"method: {config.method} merges changes from a base; give the input `base`, or use linear")
     if config.weights and not method.WEIGHTED:
         raise ConfigError(f"weights: {config.method} finds its own weights; leave them out")
     if method.WEIGHTED and abs(sum(_weights(config, models).values())) < 1e-9:
         raise ConfigError("weights: they sum to 0; give at least one model a weight above 0")
+    if config.top and any(not weight > 0 for weight in config.weights.values()):
+        raise ConfigError(f"weights: top {config.top} may choose any of {config.weights}; give each a weight above 0")
     _options(config, method)
 
 

@@ -206,3 +206,7 @@ def test_only_the_best_models_are_merged(tmp_path):
     with pytest.raises(ConfigError, match="top: 4 of 3 models"):
         soup.check(soup.Config(top=4), {"models": models, "scores": scores})
     soup.check(soup.Config(method="slerp", top=2), {"models": models, "scores": scores, "base": None})
+    with pytest.raises(ConfigError, match="exactly 2 models, found top 1 of 3 .a, b, c."):
+        soup.check(soup.Config(method="slerp", top=1), {"models": models, "scores": scores})
+    with pytest.raises(ConfigError, match="weights: top 1 may choose any of"):  # of b alone there would be no mean
+        soup.check(soup.Config(weights={"b": 0.0}, top=1), {"models": models, "scores": scores})
