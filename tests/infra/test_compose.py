@@ -54,10 +54,3 @@ def test_no_secret_is_written_here():
     used = set(re.findall(r"\$\{(\w+)", FILE.read_text()))
     assert used == set(re.findall(r"^(\w+)=", (COMPOSE / "example.env").read_text(), re.M))
     assert "infra/compose/.env" in (COMPOSE.parents[1] / ".gitignore").read_text()
-
-
-def test_the_databases_are_those_of_kubernetes():
-    base = COMPOSE.parent / "kubernetes/base"
-    for name, file, key in (("postgres", "roles.sh", "roles.sh"), ("mlflow", "mlflow-auth.ini", "auth.ini")):
-        first = next(yaml.safe_load_all((base / f"{name}.yaml").read_text()))
-        assert first["data"][key].strip() == (COMPOSE / file).read_text().strip()

@@ -10,4 +10,3 @@ CREATE DATABASE mlflow OWNER mlflow;
 CREATE DATABASE mlflow_auth OWNER mlflow;
 REVOKE CONNECT ON DATABASE prefect, mlflow, mlflow_auth FROM PUBLIC;
 SQL
-
