@@ -76,8 +76,7 @@ class Sharded(_BaseDataParallel):
 
     def scale_gradients(self, factor: Tensor) -> None:
         for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.to_local().mul_(factor)
+            parameter.grad.to_local().mul_(factor)
 
     def zero_grad_buffer(self) -> None:
         for parameter in self.module.parameters():
@@ -111,8 +110,7 @@ class ShardedAdam:
         once = [
             p for p in self._parameters.values() if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)
         ]
-        squares = [p.grad.to_local().pow(2).sum() for p in once if p.grad is not None]
-        total = torch.stack(squares).sum()
+        total = torch.stack([p.grad.to_local().pow(2).sum() for p in once]).sum()
         for group in (_replicas(), parallel_state.get_model_parallel_group()):
             dist.all_reduce(total, group=group)
         return float(total.sqrt())

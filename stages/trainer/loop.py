@@ -21,7 +21,7 @@ import torch.distributed as dist
 from stages.model import folder
 from stages.model.config import ModelConfig
 from stages.run import AGAIN, OK
-from stages.stage import ConfigError, Context, CuveeError, identity
+from stages.stage import Context, CuveeError, identity
 from stages.trainer import parallel
 from stages.trainer.batch import Group, Loss, Packed
 from stages.trainer.checkpoint import Checkpoints, newest
@@ -49,7 +49,7 @@ class Stream(Protocol):
 
     def batch(self, step: int, trainer: Trainer) -> list[Group]:
         """The groups of optimizer step `step` (from 0): a function of the seed, the step and the trainer's weights.
-        None where there is nothing to learn from (every completion rewarded alike): the step leaves the weights."""
+        Empty where there is nothing to learn from (every completion rewarded alike): the step leaves the weights."""
         ...
 
 
@@ -92,8 +92,6 @@ def train(
     damaged, or of another model or data; ConfigError for a layout or precision that these processes can't have.
     """
     config.check()
-    if model is None and init is None:
-        raise ConfigError("model: give the model's sizes or a checkpoint to start from")
     sizes = model or folder.read_config(init)
     sizes.check()
     folder.check_vocabulary(tokenizer, sizes)

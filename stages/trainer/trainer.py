@@ -33,7 +33,6 @@ from stages.trainer.fsdp import Sharded, ShardedAdam, as_main_weights
 from stages.trainer.microbatch import Microbatch, Sharing, microbatches
 from stages.trainer.optimizer import Optimizer
 
-SCORE = "score.weight"
 GPU_ROWS = 128  # tokens of a microbatch on a GPU are a multiple: FP8 needs 16, and few shapes need few kernels
 
 
@@ -104,7 +103,7 @@ class Trainer:
         source: Any = weights.Initial(rows, c.seed)
         if folder is not None:
             found = weights.Folder(folder)
-            new = [row for row in rows if row.name == SCORE and SCORE not in found]  # a reward head on a language model
+            new = [row for row in rows if row.name == weights.SCORE and row.name not in found]  # a reward head on a language model
             weights.check(rows, found, str(folder))
             source = ChainMap({row.name: source[row.name] for row in new}, found)
         weights.load(chunks, rows, source, exact)
