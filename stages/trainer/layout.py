@@ -71,7 +71,7 @@ def _check_sizes(config: TrainConfig, sizes: ModelConfig, at: str, longest: int)
 
     for of in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         divides("tensor_parallel", config.tensor_parallel, of, getattr(sizes, of))
-    if any(name.startswith("fp8") for name in (config.precision, *(name for name, _ in config.precision_phases))):
+    if config.fp8:
         for of in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             width = getattr(sizes, of) * (1 if of == "ffn_hidden_size" else sizes.head_dim)
             divides("tensor_parallel x 16", 16 * config.tensor_parallel, f"{of} in columns", width, ", which FP8 needs")
@@ -159,7 +159,6 @@ def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0
     among the ranks with the same weights; FSDP gathers two layers and the embedding.
     """
     half = config.precision_at(0) != "fp32"
-    fp8 = any(name.startswith("fp8") for name in (config.precision, *(n for n, _ in config.precision_phases)))
     tensor, pipeline, context = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
     replicas = max(1, world // (tensor * pipeline))  # of these weights, context-parallel ranks included
     embedding = sizes.vocab_size * sizes.hidden_size / tensor
@@ -174,7 +173,7 @@ def memory(config: TrainConfig, sizes: ModelConfig, world: int, longest: int = 0
         weights, gradients, optimizer = 4 * held / replicas + gathered, 4 * held / replicas, (8 * held + anchor) / replicas
     elif config.distributed_optimizer:
         optimizer /= replicas
-    if fp8:  # each rank keeps them of the whole layers, with FSDP too
+    if config.fp8:  # each rank keeps them of the whole layers, with FSDP too
         weights += 2 * (held - embedding)
     if reference:
         weights += (2 if half else 4) * held

@@ -147,6 +147,8 @@ def test_fp8_needs_columns_by_sixteen():
     check(TrainConfig(tensor_parallel=8, precision="bf16"), narrow, 8, "cuda")
     with pytest.raises(ConfigError, match="tensor_parallel x 16: 128 does not divide the model's num_query_groups in columns"):
         check(TrainConfig(tensor_parallel=8, precision_phases=[["bf16", 1], ["fp8_delayed", 1]]), narrow, 8, "cuda")
+    # Phases stand in the place of `precision`: none of these steps computes in FP8.
+    check(TrainConfig(tensor_parallel=8, precision="fp8_delayed", precision_phases=[["bf16", 1]]), narrow, 8, "cuda")
 
 
 @pytest.mark.parametrize("overrides, sentence", [
