@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.report.claims import claims
 from stages.report.facts import Facts, Interval, gains, parameter_count, retention, win_rates
 
 
-def matrix(facts: Facts) -> dict[str, Any]:
+def matrix(facts: Facts, claimed: list[dict[str, Any]]) -> dict[str, Any]:
     """{"models": scores of each model, "steps": what each step of the spine changed, "retention", "win_rates", ...};
     every estimate as {"value", "low", "high"} with its 95 % interval, scores in [0, 1]."""
     return {
@@ -37,7 +36,7 @@ def matrix(facts: Facts) -> dict[str, Any]:
             }
             for row in gains(facts)
         ],
-        "claims": claims(facts),
+        "claims": claimed,
         "retention": retention(facts),
         "win_rates": [
             row | {"final": interval(row["final"]), "next": interval(row["next"])} for row in win_rates(facts)
