@@ -4,7 +4,6 @@ pipeline parallelism: two processes take the steps of one. Context parallelism b
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -19,11 +18,9 @@ from stages.train._groups import make_sequence, needs_values, prepared
 from stages.trainer.batch import Group, Sequence
 from stages.trainer.config import TrainConfig
 from stages.trainer.microbatch import Sharing, build
-from tests.resume import trainer_run
 from tests.resume.test_trainer_parallel import port
+from tests.resume.trainer_run import FORKS
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([*trainer_run.PRELOAD, "tests.resume.trainer_run"])
 OBJECTIVES = ("grpo", "kto", "distill", "ppo")
 
 

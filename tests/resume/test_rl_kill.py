@@ -12,13 +12,10 @@ import pytest
 from stages.run import AGAIN
 from stages.stage import Context, Kind, load, parse
 from stages.store.mirror import Mirror
-from tests.resume import trainer_run
 from tests.resume.test_another_host import KEYS, bucket  # noqa: F401 (a fixture)
-from tests.resume.test_trainer_parallel import FORKS
+from tests.resume.trainer_run import FORKS
 from tests.unit.tiny import artifact, checkpoint, jsonl
 
-FORKS.set_forkserver_preload([*trainer_run.PRELOAD, "transformers.models.cohere2.modeling_cohere2", "stages.train.rl",
-                              "stages.rollout.engines.transformers", "stages.train._rollouts"])  # fmt: skip
 VALUES = {
     "sequence_length": 128, "steps": 8, "batch_groups": 4, "completions": 3, "max_new_tokens": 6, "lr": 1e-3,
     "rollout_every": 2, "off_policy": True, "with_answer": True, "schedule": "constant", "log_every": 1, "save_every": 3,

@@ -4,11 +4,11 @@ that has imported torch and Megatron-core, as stages are."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,11 @@ import pytest
 from stages.run import AGAIN
 from tests.resume import trainer_run
 from tests.resume.test_trainer_parallel import launch
+from tests.resume.trainer_run import FORKS
 from tests.unit.tiny import tokenizer
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([*trainer_run.PRELOAD, "tests.resume.trainer_run"])
 
-
-def start(root: Path, words: Path, **options) -> multiprocessing.Process:
+def start(root: Path, words: Path, **options) -> BaseProcess:
     process = FORKS.Process(target=trainer_run.run, args=(root, words), kwargs=options)
     process.start()
     return process

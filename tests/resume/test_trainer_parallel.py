@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -12,10 +11,9 @@ import pytest
 
 from stages.stage import ConfigError
 from tests.resume import trainer_run
+from tests.resume.trainer_run import FORKS
 from tests.unit.tiny import tokenizer
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([*trainer_run.PRELOAD, "tests.resume.trainer_run"])
 LAYOUTS = {
     "TP2": {"tensor_parallel": 2},
     "TP2+SP": {"tensor_parallel": 2, "sequence_parallel": True},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +20,13 @@ from stages.model.config import ModelConfig
 from stages.trainer.batch import Loss, Sequence
 from stages.trainer.config import TrainConfig
 
-PRELOAD = ["torch", "megatron.core.models.gpt", "megatron.core.optimizer", "stages.trainer.loop"]
+# Forks of one process for all of this folder, which imports once what they run, their own module with it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "torch", "megatron.core.models.gpt", "megatron.core.optimizer", "stages.trainer.loop", "stages.train.rl",
+    "stages.train._rollouts", "stages.rollout.engines.transformers", "transformers.models.cohere2.modeling_cohere2",
+    "tests.resume.test_rl_kill", "tests.resume.test_objectives_parallel",
+])  # fmt: skip
 SIZES = ModelConfig(
     num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=8,
     vocab_size=288, sliding_window=16, logit_scale=1.0, max_position_embeddings=64,
