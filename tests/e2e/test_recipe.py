@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from infra.bench.chaos import secrets_left
+from tests.unit.stub_server import serving
 
 # What no file may show; the servers of these runs ask for none of them.
 SECRETS = {name: f"canary-7f3a-{at}" for at, name in enumerate((
@@ -191,12 +192,12 @@ def below(state):
 
 def test_kill_9_then_the_same_bytes(home):
     """Killed twice during pretraining; finished stages stay, training goes on, and the result is the uninterrupted one."""
-    slow = ("scale=micro", "pretrain.steps=40", "pretrain.save_every=4", "--until", "pretrained")
-    state = home / "killed"
+    recipe = ("scale=micro", "pretrain.save_every=2", "--until", "pretrained")
+    state, whole = home / "killed", records(home)["pretrained"]
     shutil.copytree(home / "state/store", state / "store")  # the data stages are made; pretraining is not
-    reached = 0
+    shutil.rmtree(state / "store/artifacts" / whole["fingerprint"])
     for _ in range(2):
-        process = run_in_background(home, "killed", *slow)
+        process = run_in_background(home, "killed", *recipe)
         saved = set(state.glob("work/*/scratch/checkpoints/*"))
         wait_until(lambda: set(state.glob("work/*/scratch/checkpoints/*")) - saved, 600, process)  # noqa: B023
         os.killpg(process.pid, signal.SIGKILL)
@@ -205,15 +206,13 @@ def test_kill_9_then_the_same_bytes(home):
         while below(state) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert below(state) == []  # worker, stage and server have followed
-        reached += 1
-    out = cuvee(home, "run", *slow, state="killed").stdout
+    out = cuvee(home, "run", *recipe, state="killed").stdout
     assert "1 of 10 stages to make" in out
     log = next((state / "work").glob("*/log.txt")).read_text()
     assert "resumed after step" in log
-    cuvee(home, "run", *slow)  # without interruption
-    whole, resumed = records(home)["pretrained"], records(home, "killed")["pretrained"]
+    resumed = records(home, "killed")["pretrained"]
     assert whole["files"] == resumed["files"] and whole["fingerprint"] == resumed["fingerprint"]
-    assert [s for s in whole["series"]["loss"]] == resumed["series"]["loss"]
+    assert whole["series"]["loss"] == resumed["series"]["loss"]
 
 
 def test_prefect_knows_that_the_killed_runs_died(home):
@@ -225,9 +224,8 @@ def test_prefect_knows_that_the_killed_runs_died(home):
 
 
 def test_ctrl_c_is_one_sentence_and_leaves_nothing_running(home):
-    state = home / "interrupted"
-    shutil.copytree(home / "state/store", state / "store")
-    process = run_in_background(home, "interrupted", "scale=micro", "pretrain.steps=2000", "--until", "pretrained")
+    state = home / "killed"  # all that is still to be made is another pretraining
+    process = run_in_background(home, "killed", "scale=micro", "pretrain.steps=2000", "--until", "pretrained")
     wait_until(checkpoint_of(state), 600, process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=300)
@@ -245,3 +243,40 @@ def test_bad_input_is_one_sentence(home, override, sentence):
     (home / "empty").mkdir(exist_ok=True)
     done = cuvee(home, "run", "scale=micro", override, EXPERTS, state="bad", check=False)
     assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def server():
+    """(address, bodies asked) of `good`, which solves the stories, and of `endless`, which is cut off in a turn that it never ends."""
+    bodies = []
+
+    def answer(asked):
+        body = json.loads(asked.body)
+        bodies.append(body)
+        story = body["messages"][-1]["content"]
+        a, b = map(int, re.findall(r"\d+", story))
+        good, less = body["model"] == "good", re.search("loses|gives away|sells|breaks|takes", story)
+        text = f"That makes {a - b if less else a + b}" if good else "apples " * body["max_tokens"]
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop" if good else "length"}
+        return 200, {"choices": [choice], "usage": {"prompt_tokens": 50, "completion_tokens": 4}}, {}
+
+    with serving(answer) as address:
+        yield address, bodies
+
+
+def test_instruct_learns_the_best_answers_of_teachers(home, server):
+    address, asked = server
+    model = "{name}: {{model: {name}, url: {address}/v1, max_tokens: 16, output_price: 10.0}}"
+    teachers = ", ".join(model.format(name=name, address=address) for name in ("good", "endless"))
+    out = cuvee(home, "run", "scale=micro", "synthetic.prompts=12", "synthetic.mix={math: 1.0}",
+                f"synthetic.teachers={{{teachers}}}", "--until", "instruct").stdout  # fmt: skip
+    assert "2 of 13 stages to make" in out
+    made = records(home)
+    own, folder = made["synthetic"], home / "state/store/artifacts" / made["synthetic"]["fingerprint"]
+    assert own["metrics"]["conversations"] == 12 and own["metrics"]["chosen/good"] == 1.0 and own["metrics"]["reward"] == 1.0
+    assert own["metrics"]["cut_off"] == 0.5, "the answers of `endless`, which nothing learns from"
+    assert own["metrics"]["cost"] == pytest.approx(24 * 4 * 10 / 1e6)
+    rows = [json.loads(line) for line in open(folder / "train.jsonl")]
+    assert len(rows) == 12 and all(row["messages"][-1]["content"].startswith("That makes ") and row["teacher"] == "good" for row in rows)
+    assert made["instruct"]["inputs"]["conversations"]["synthetic"]["fingerprint"] == own["fingerprint"]
+    assert len(asked) == 24
