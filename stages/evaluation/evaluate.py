@@ -164,10 +164,9 @@ def _perplexity(config: Config, model: Artifact, tokens: Artifact, ctx: Context)
     dtype = getattr(torch, config.dtype)
     network = extend(AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype)).to(ctx.device).eval()
     bytes_of = byte_lengths(AutoTokenizer.from_pretrained(model.path), network.config.vocab_size)
+    splits = json.loads((tokens.path / "tokens.json").read_text(encoding="utf-8"))["splits"]
     found = {}
-    for domain in sorted(
-        json.loads((tokens.path / "tokens.json").read_text(encoding="utf-8"))["splits"].get("heldout", {})
-    ):
+    for domain in sorted(splits.get("heldout", {})):
         pieces = windows(tokens.path / f"heldout-{domain}", config.perplexity_tokens, config.perplexity_length)
         if pieces:
             found[domain] = measure(network, pieces, bytes_of, config.batch_tokens)

@@ -53,10 +53,8 @@ def _trajectory(facts: Facts, domain: str | None, wide: float, top: float, plot:
         content += [line(0, at(0, tick)[1], wide, at(0, tick)[1], "grid"),
                     text(-4, at(0, tick)[1] + 3.5, percent(tick), "tick", "end")]  # fmt: skip
     chain = [score(facts.models[name]) for name in spine]
-    band = [at(i, low) for i, (_, low, _) in enumerate(chain)] + [at(i, high) for i, (_, _, high) in enumerate(chain)][
-        ::-1
-    ]
-    content += [path(band, "band", close=True), path([at(i, value) for i, (value, _, _) in enumerate(chain)], "chain")]
+    middle, below, above = ([at(i, one[part]) for i, one in enumerate(chain)] for part in range(3))
+    content += [path(below + above[::-1], "band", close=True), path(middle, "chain")]
     for soup, experts in facts.soups():
         for key, expert in sorted(experts.items(), key=lambda item: item[0] == domain):  # the own expert on top
             value = score(expert)[0]
@@ -161,23 +159,19 @@ def lengths(facts: Facts, domain: str) -> Markup:
     ends = [at(sizes[-1], found[m.name][str(sizes[-1])]["mean"])[1] for m in chosen]
     for i, (model, y) in enumerate(zip(chosen, spread(ends, 15), strict=True)):
         points = [(size, found[model.name].get(str(size))) for size in sizes]
-        line_class = "chain" if model is facts.final else f"series s{i % 5}"
-        if model is facts.final:
+        final = model is facts.final
+        if final:
             low, high = ([at(size, one[key]) for size, one in points if one] for key in ("low", "high"))
             content.append(path(low + high[::-1], "band", close=True))
+        line_class = "chain" if final else f"series s{i % 5}"
         content.append(path([at(size, one["mean"]) for size, one in points if one], line_class))
         for size, one in points:
             if one:
                 title = f"{model.name}, {size:,} characters: {percent(one['mean'])} ({one['n']:.0f} prompts)"
-                content.append(
-                    dot(*at(size, one["mean"]), 3, "node" if model is facts.final else f"mark s{i % 5}", title)
-                )
+                content.append(dot(*at(size, one["mean"]), 3, "node" if final else f"mark s{i % 5}", title))
         value = percent(found[model.name][str(sizes[-1])]["mean"])
-        content.append(
-            text(
-                wide - right + 12, y + 4, f"{model.name}  {value}", "value" if model is facts.final else f"end s{i % 5}"
-            )
-        )
+        said = "value" if final else f"end s{i % 5}"
+        content.append(text(wide - right + 12, y + 4, f"{model.name}  {value}", said))
     return svg(wide, top + plot + 44, f"{label(domain)}: score by length of the text", *content)
 
 
