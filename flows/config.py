@@ -6,6 +6,7 @@ a new file is known by being there.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from functools import reduce
@@ -18,14 +19,27 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.stage import ROOT, ConfigError, load, unknown
 
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 CONF = ROOT.parent / "conf"
-STARTS = ("instruct", "base")  # what the SFT of an expert may start from
+# What no stage's `Config` types: fields of cluster, recipe, mixing and expert.<name>, what they must be, whether a value is.
+RULES = (
+    ("cores devices hosts concurrent_stages port models", "a whole number from 1", lambda v: type(v) is int and v > 0),
+    ("polish_rounds seeds_kept", "a whole number from 0", lambda v: type(v) is int and v >= 0),
+    ("memory_gib flops_per_second", "a number above 0", lambda v: type(v) in (int, float) and v > 0),
+    ("price_per_hour", "a number from 0", lambda v: type(v) in (int, float) and v >= 0),
+    ("experts also registered parts domains nodes shell", "a list, e.g. [a,b]", lambda v: isinstance(v, ListConfig)),
+    ("reward_seeds refine_seeds seeds", "a list of whole numbers, e.g. [0,1]",
+     lambda v: isinstance(v, ListConfig) and all(type(one) is int for one in v)),
+    ("start", "instruct or base, what the SFT starts from", lambda v: v in ("instruct", "base")),
+    ("redo", "true or false", lambda v: isinstance(v, bool)),
+    ("anchor", "a share of RL's start, from 0 to less than 1", lambda v: type(v) in (int, float) and 0 <= v < 1),
+    ("refine volume", "a section of fields", lambda v: isinstance(v, DictConfig)),
+)  # fmt: skip
 HOME = re.compile(r"(?<=[\[,=])~(?=[/\],]|$)")  # neither Hydra nor a shell reads it within a list
 
 
@@ -87,19 +101,21 @@ def _check(conf: DictConfig, sections: dict) -> None:
     for key in [*conf, *_places(sections)]:
         if not isinstance(value := OmegaConf.select(conf, key), DictConfig):
             raise ConfigError(f"{key}={value}: {key} is a section of fields, set one of them, e.g. {key}.<field>={value}")
+    untyped = {name: conf[name] for name in ("cluster", "recipe", "mixing") if name in conf}
+    untyped |= {f"expert.{name}": own for name, own in conf.expert.items()}
+    for path, section in untyped.items():
+        for fields, what, good in RULES:
+            for field in section.keys() & fields.split():
+                if not good(section[field]):
+                    raise ConfigError(f"{path}.{field}={section[field]}: it must be {what}")
+        if "seeds" in section and not section.seeds:
+            raise ConfigError(f"{path}.seeds is empty; give at least one, e.g. [0]")
     for field in ("experts", "also"):
         for expert in conf.recipe.get(field, []):
             if expert not in conf.expert:
                 raise ConfigError(f"recipe.{field}: {unknown(expert, list(conf.expert))}")
     if not conf.recipe.experts:
         raise ConfigError("recipe.experts is empty; name at least one of " + ", ".join(conf.expert))
-    for name, own in conf.expert.items():
-        if own.start not in STARTS:
-            raise ConfigError(f"expert.{name}.start: {unknown(str(own.start), list(STARTS))}")
-        if not own.seeds:
-            raise ConfigError(f"expert.{name}.seeds: is empty; give at least one, e.g. [0]")
-        if not isinstance(own.anchor, int | float) or not 0 <= own.anchor < 1:
-            raise ConfigError(f"expert.{name}.anchor: {own.anchor} is no share of RL's start; give 0 to less than 1")
 
 
 def _places(sections: dict, path: str = "") -> Iterator[str]:
@@ -154,8 +170,8 @@ def _own_sections(overrides: list[str]) -> list[str]:
 
 
 def _open_dictionaries(overrides: list[str]) -> list[str]:
-    """The overrides with `++` before those that add a key to a dictionary field (rewards, weights, mix, options):
-    Hydra takes a dictionary's keys of today for all that may ever be."""
+    """The overrides with `++` before those that add a key to a dictionary field (rewards, weights, mix, options; cluster.env
+    and its like, which are empty): Hydra takes a dictionary's keys of today for all that may ever be."""
     base, opened = _compose(_groups(overrides)), []
     for override in overrides:
         key = override.partition("=")[0]
@@ -163,7 +179,7 @@ def _open_dictionaries(overrides: list[str]) -> list[str]:
         for part in key.split("."):
             inside = isinstance(node, DictConfig) and OmegaConf.get_type(node) not in (dict, None)
             node = OmegaConf.select(node, part) if isinstance(node, DictConfig) and part in node else None
-            free = free or (inside and isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict)
+            free = free or (isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict and (inside or not node))
         opened.append(f"++{override}" if free and override[0] not in "+~" else override)
     return opened
 
@@ -199,11 +215,10 @@ def _sentence(error: Exception, overrides: list[str]) -> str:
         key, eq, value = override.lstrip("+~").partition("=")
         if not eq:
             return f"override {override!r} has no value; write it as key=value, e.g. expert.math.sft.lr=1e-3"
-        group = CONF / key.split("@")[0]
-        if group.is_dir() and (group / f"{value}.yaml").exists() is False:
-            choices = sorted(p.stem for p in group.glob("[!_]*.yaml"))
-            return f"{key}: {unknown(value, choices)}"
-        if str(error).splitlines()[0].find(override) >= 0 or key in str(error) or key.split(".")[-1] in reason:
+        group = key.split("@")[0]
+        if (CONF / group).is_dir() and not (CONF / group / f"{value}.yaml").exists():
+            return f"{key}: {unknown(value, list(choices(group)))}"
+        if override in str(error).splitlines()[0] or key in str(error) or key.split(".")[-1] in reason:
             problem = _unknown_key(key, _groups(overrides))
             return problem or f"{key}={value}: {reason}"
     return reason
@@ -237,6 +252,4 @@ def _unknown_key(key: str, groups: list[str]) -> str | None:
 
 def state_dir() -> Path:
     """Where runs leave their state: `.cuvee/` below the working directory, or $CUVEE_STATE."""
-    import os
-
     return Path(os.environ.get("CUVEE_STATE", ".cuvee")).absolute()

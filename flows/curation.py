@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
+from flows._parts import having
 
 
 def recipe(step, conf) -> None:
-    plain = OmegaConf.to_container(conf.data, resolve=True)
-    plain["blocks"] = [name for name in plain["blocks"] if name != "classifier"]
-    first = step("first", "data.curate", OmegaConf.create(plain))
+    plain = having(conf.data, blocks=[name for name in conf.data.blocks if name != "classifier"])
+    first = step("first", "data.curate", plain)
     labels = step("labels", "data.judge", conf.judge, corpus=first)
     step("corpus", "data.curate", conf.data, labels=labels)

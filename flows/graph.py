@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from stages import stage as stages
 from stages.stage import ConfigError, Estimate, Kind
@@ -88,7 +89,10 @@ class Graph:
         self.conf = conf
         self.nodes: dict[str, Node] = {}
         module = importlib.import_module(f"flows.{conf.recipe.name}")
-        module.recipe(self.step, conf)
+        try:
+            module.recipe(self.step, conf)
+        except OmegaConfBaseException as error:  # a recipe puts values of one section into another
+            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
 
     def step(self, name: str, stage: str, config: DictConfig, **inputs: Any) -> Node:
         """Add a stage. An input that is None or an empty dictionary is left out; a wrong kind raises ConfigError."""

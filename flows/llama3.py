@@ -13,7 +13,7 @@ def recipe(step, conf) -> None:
     corpus, prompts, tokens = data(step, conf)
     pretrained = step("pretrained", "train.pretrain", conf.pretrain, tokens=tokens)
     base = step("base", "train.pretrain", conf.cooldown, tokens=tokens, init=pretrained)  # longer contexts, annealed
-    seeds, models = conf.recipe.seeds, {"base": base}
+    seeds, models, reward = conf.recipe.seeds, {"base": base}, None
     models["instruct"] = averaged(step, "instruct", conf.instruct, seeds, conf.average, base, prompts, tokens)
 
     for number in range(1, conf.recipe.polish_rounds + 1):

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
-
+from flows._parts import having
 from stages.data.mixture import mixes
 
 
@@ -17,7 +16,6 @@ def recipe(step, conf) -> None:
 
     models = {}
     for number, blend in enumerate(mixes(list(conf.mixing.domains), conf.mixing.models, conf.mixing.seed)):
-        own = {"blend": blend, "max_epochs": conf.mixing.max_epochs}
-        config = OmegaConf.create(OmegaConf.to_container(conf.pretrain, resolve=True) | own)
-        models[f"mix-{number:02d}"] = step(f"mix-{number:02d}", "train.pretrain", config, tokens=tokens)
+        own = having(conf.pretrain, blend=blend, max_epochs=conf.mixing.max_epochs)
+        models[f"mix-{number:02d}"] = step(f"mix-{number:02d}", "train.pretrain", own, tokens=tokens)
     step("mixture", "data.mixture", conf.mixture, models=models, tokens=tokens)

@@ -149,17 +149,16 @@ def dry_run(graph: Graph, nodes: list[Node]) -> Iterator[str]:
 
 
 def _count(number: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}" if number else "-"
+    return _scaled(number, {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1})
 
 
 def _bytes(number: float) -> str:
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return "-"
+    return _scaled(number, {" TiB": 2**40, " GiB": 2**30, " MiB": 2**20, " KiB": 2**10})
+
+
+def _scaled(number: float, units: dict[str, float]) -> str:
+    """Three digits in the largest unit, never with an exponent: 1023 MiB are 1020 MiB."""
+    return next((f"{float(f'{number / size:.3g}'):g}{unit}" for unit, size in units.items() if number >= size), "-")
 
 
 def _time(seconds: float) -> str:

@@ -10,7 +10,7 @@ import pytest
 from flows import config
 from flows.config import compose
 from flows.graph import Graph
-from flows.plan import check_layout, known, table
+from flows.plan import _bytes, _count, check_layout, known, table
 from stages.stage import ConfigError
 from stages.store.local import LocalStore
 
@@ -34,9 +34,19 @@ def graph(*overrides):
     ("recipe.experts=[]", "recipe.experts is empty"),
     ("expert.math=3", "expert.math=3: expert.math is a section"),
     ("polish.online=3", "polish.online=3"),
-    ("expert.math.start=bas", "expert.math.start: 'bas' is not known; did you mean 'base'"),
-    ("expert.math.seeds=[]", "expert.math.seeds: is empty"),
-    ("expert.math.anchor=2", "expert.math.anchor: 2 is no share"),
+    ("expert.math.start=bas", "expert.math.start=bas: it must be instruct or base"),
+    ("expert.math.seeds=[]", "expert.math.seeds is empty"),
+    ("expert.math.seeds=[a]", r"expert.math.seeds=\['a'\]: it must be a list of whole numbers"),
+    ("expert.math.anchor=2", "expert.math.anchor=2: it must be a share"),
+    ("expert.math.redo=maybe", "expert.math.redo=maybe: it must be true or false"),
+    ("expert.code.refine.lr=abc expert.code.refine_seeds=[0]", "expert.code.sft.lr: Value 'abc'"),
+    ("cluster.devices=0", "cluster.devices=0: it must be a whole number from 1"),
+    ("cluster.memory_gib=much", "cluster.memory_gib=much: it must be a number above 0"),
+    ("cluster=kubernetes cluster.volume=3", "cluster.volume=3: it must be a section"),
+    ("recipe.experts=code", "recipe.experts=code: it must be a list"),
+    ("recipe.polish_rounds=-1", "recipe.polish_rounds=-1: it must be a whole number from 0"),
+    ("recipe=mixture mixing.max_epochs=x", "pretrain.max_epochs: Value 'x'"),
+    ("recipe=mixture pretrain.sequence_length=0", "^pretrain.sequence_length: 0"),
     ("evaluate.prompts_per_domain=0", "polish.choose.skip: 0 chooses by the prompts that evaluation reports"),
     ("scale.expert_sft.lr=abc", "^expert.code.sft.lr: "),
     ("recipe.also=[cod]", "recipe.also: 'cod' is not known; did you mean 'code'"),
@@ -52,6 +62,13 @@ def test_a_wrong_override_is_one_sentence(override, sentence):
     with pytest.raises(ConfigError, match=sentence) as raised:
         graph(*override.split())
     assert "\n" not in str(raised.value)
+
+
+def test_a_dictionary_takes_keys_of_ones_own():
+    conf = compose(["cluster=kubernetes", 'cluster.resources={rdma/hca: "8"}', "cluster.env.NCCL_DEBUG=INFO",
+                    "cluster.pod={nodeSelector: {pool: h100}}", "expert.math.refine.mix={rag: 1}"])  # fmt: skip
+    assert dict(conf.cluster.resources) == {"rdma/hca": "8"} and conf.cluster.env.NCCL_DEBUG == "INFO"
+    assert conf.cluster.pod.nodeSelector.pool == "h100" and conf.expert.math.refine.mix == {"rag": 1}
 
 
 def test_the_recipe_is_expert_fan_out_merge_rl_fan_out_merge_polish():
@@ -152,6 +169,11 @@ def test_plan_says_what_runs_and_refuses_what_cannot_fit(tmp_path):
     large = graph("model=command_a")
     with pytest.raises(ConfigError, match="pretrain: sequences of 256 take 1,7.* GiB of a device .* but cluster=local has 8; choose a smaller"):
         list(table(store, large, list(large.nodes.values())))
+
+
+def test_plans_figures_have_no_exponents():
+    assert (_bytes(1023 * 2**20), _bytes(1.5 * 2**30), _bytes(3)) == ("1020 MiB", "1.5 GiB", "-")
+    assert (_count(999_999), _count(57_344), _count(42), _count(0)) == ("1000k", "57.3k", "42", "-")
 
 
 @pytest.fixture
