@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -159,7 +160,7 @@ class Maker:
             return {"path": str(path), "record": parents[parent.fingerprint]}
 
         spec = {
-            "stage": node.stage, "name": node.name, "config": _plain(node.config), "inputs": node.map_inputs(place),
+            "stage": node.stage, "name": node.name, "config": asdict(node.config), "inputs": node.map_inputs(place),
             "ancestors": {fp: {k: v for k, v in record.items() if k != "files"}
                           for fp, record in ancestors(self.store, parents.values()).items()},
             "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
@@ -283,12 +284,6 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # run from its folder, without an installation
         return "not installed"
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)
 
 
 def _utc(seconds: float) -> str:

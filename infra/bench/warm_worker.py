@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from flows.launchers.local import Launcher
@@ -39,8 +40,6 @@ def main(rounds: int) -> None:
 
 def write_spec(folder: Path) -> Path:
     """A stage of almost no work: curate one small file."""
-    from dataclasses import asdict
-
     text = folder / "text.py"
     text.write_text(Path(json.__file__).read_text())
     config = asdict(load("data.curate").Config())
