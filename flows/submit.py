@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from flows._parts import domains
 from stages.run import OK
 from stages.stage import ConfigError, names
 
@@ -79,7 +80,7 @@ def files(conf: Any) -> Iterator[tuple[str, str]]:
     """(field, path) of all that stages read from the file system of the machine on which they run."""
     yield from (("data.sources", one) for one in conf.data.sources if "://" not in one and one not in names("data/sources"))
     yield from (("conversations.sources", one) for one in conf.conversations.sources if "://" not in one)
-    for expert in conf.recipe.experts:
+    for expert in domains(conf):
         for field in ("files", "heldout_files"):
             yield from ((f"expert.{expert}.prompts.{field}", one) for one in conf.expert[expert].prompts[field])
 

@@ -83,6 +83,8 @@ def test_submit_refuses_before_it_asks(place):
         (overrides(place, "data.sources=[stdlib,~/docs]"), f"data.sources: {Path.home()}/docs would be read in the cluster"),
         (overrides(place, "conversations.sources=[chats.jsonl]"), "conversations.sources: chats.jsonl would be read"),
         (overrides(place, "expert.math.prompts.files=[sums.jsonl]"), "expert.math.prompts.files: sums.jsonl would be read"),
+        (overrides(place, "recipe.experts=[code]", "recipe.also=[rag]", "expert.rag.prompts.files=[a.jsonl]"),
+         "expert.rag.prompts.files: a.jsonl would be read"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             submit.submit(wrong, "", follow=True, cancel=False)
