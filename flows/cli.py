@@ -17,7 +17,7 @@ def main() -> None:
     """Entry point: every user's mistake ends as one sentence and a non-zero status."""
     args = _parse(sys.argv[1:])
     try:
-        sys.exit(args.command(args) or 0)
+        sys.exit(args.command(args))
     except CuveeError as error:
         print(f"cuvee: {error}", file=sys.stderr)
         sys.exit(2)
@@ -92,12 +92,13 @@ def _graph(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from flows import open_store
     from flows.config import compose
     from flows.graph import Graph
+    from flows.submit import targets
 
     graph = Graph(compose(args.overrides))
-    return graph, graph.until([t for t in args.until.split(",") if t]), open_store(graph.conf)
+    return graph, graph.until(targets(args.until)), open_store(graph.conf)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from flows import together
     from flows.summary import closing
 
@@ -111,9 +112,7 @@ def run(args: argparse.Namespace) -> int:
         together(lambda node: store.set_alias(node.name, node.fingerprint), nodes)
         print(f"cuvee: all {len(nodes)} stages are made already; nothing to do")
         _tell_mlflow()
-    for line in closing(store, graph, nodes, time.monotonic() - started):
-        print(line)
-    return 0
+    print(*closing(store, graph, nodes, time.monotonic() - started), sep="\n")
 
 
 def _tell_mlflow() -> None:
@@ -137,14 +136,14 @@ def _run_flow(args: argparse.Namespace, graph: Any, nodes: list[Any]) -> None:
         start(args.overrides, [n.name for n in nodes] if args.until else [])
 
 
-def plan(args: argparse.Namespace) -> int:
+def plan(args: argparse.Namespace) -> None:
+    from itertools import chain
+
     from flows.plan import dry_run, table
 
     graph, nodes, store = _graph(args)
-    for lines in (table(store, graph, nodes), dry_run(graph, nodes)):
-        for line in lines:
-            print(line)
-    return 0
+    for line in chain(table(store, graph, nodes), dry_run(graph, nodes)):
+        print(line)
 
 
 def submit(args: argparse.Namespace) -> int:
@@ -160,22 +159,18 @@ def _store(args: argparse.Namespace) -> Any:
     return open_store(compose(args.overrides))
 
 
-def why(args: argparse.Namespace) -> int:
+def why(args: argparse.Namespace) -> None:
     from flows.lineage import find, why
 
     store = _store(args)
-    for line in why(store, find(store, args.artifact)):
-        print(line)
-    return 0
+    print(*why(store, find(store, args.artifact)), sep="\n")
 
 
-def diff(args: argparse.Namespace) -> int:
+def diff(args: argparse.Namespace) -> None:
     from flows.lineage import diff, find
 
     store = _store(args)
-    for line in diff(store, find(store, args.artifact), find(store, args.other)):
-        print(line)
-    return 0
+    print(*diff(store, find(store, args.artifact), find(store, args.other)), sep="\n")
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -207,25 +202,29 @@ def _model_folder(args: argparse.Namespace) -> Any:
     return store.fetch(record["fingerprint"])
 
 
-def chat(args: argparse.Namespace) -> int:
+def chat(args: argparse.Namespace) -> None:
+    if not 0 <= args.temperature <= 2:
+        raise CuveeError(f"--temperature {args.temperature:g}: give 0 (the likeliest token each time) to 2")
     folder = _model_folder(args)
     from flows.chat import chat
 
-    return chat(folder, system=args.system, temperature=args.temperature) or 0
+    chat(folder, system=args.system, temperature=args.temperature)
 
 
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace) -> None:
     folder = _model_folder(args)
     from flows.serve import serve
 
-    return serve(folder, name=args.artifact, port=args.port, rollouts=args.rollouts) or 0
+    serve(folder, name=args.artifact, port=args.port, rollouts=args.rollouts)
 
 
-def preview(args: argparse.Namespace) -> int:
+def preview(args: argparse.Namespace) -> None:
     from itertools import islice
 
     from flows.lineage import find
 
+    if args.count < 1:
+        raise CuveeError(f"--count {args.count}: give at least 1")
     store = _store(args)
     record = find(store, args.artifact)
     folder = store.fetch(record["fingerprint"])
@@ -237,16 +236,15 @@ def preview(args: argparse.Namespace) -> int:
 
     for text in islice(previews(AutoTokenizer.from_pretrained(folder), [args.file], args.turns), args.count):
         print(text)
-    return 0
 
 
-def up(args: argparse.Namespace) -> int:
+def up(args: argparse.Namespace) -> None:
     from flows.up import up
 
-    return up(args.prefect_port, args.mlflow_port)
+    up(args.prefect_port, args.mlflow_port)
 
 
-def clean(args: argparse.Namespace) -> int:
+def clean(args: argparse.Namespace) -> None:
     from flows import open_store, shared_dir
     from flows.config import compose
     from stages.store.retention import clean
@@ -256,14 +254,12 @@ def clean(args: argparse.Namespace) -> int:
     conf = compose(args.overrides)
     removed = [print(line) for line in clean(open_store(conf), args.days, shared_dir(conf) / "work")]
     print(f"cuvee: {len(removed)} things removed")
-    return 0
 
 
-def worker(args: argparse.Namespace) -> int:
+def worker(args: argparse.Namespace) -> None:
     from flows.up import worker
 
     worker(args.overrides)
-    return 0
 
 
 if __name__ == "__main__":

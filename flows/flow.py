@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from prefect import flow, get_run_logger, runtime, tags, task
@@ -84,48 +86,49 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
         progress.done(name, record, skipped=done_before)
 
     futures, done = {}, False
-    previous = _on_interrupt(maker)
     try:
-        for node in nodes:
-            run = task(make, name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, retries=0)
-            futures[node.name] = run.submit(node.name, wait_for=[futures[p.name] for p in node.parents])
-        failures = []
-        for future in futures.values():
-            future.wait()
-            if future.state.is_failed() or future.state.is_crashed():
-                failures.append(future.state.result(raise_on_failure=False))
-        errors = [f for f in failures if isinstance(f, Exception)]
-        if failures or any(not f.state.is_completed() for f in futures.values()):
-            raise _first(errors)
+        with _interruptible(maker):
+            for node in nodes:
+                run = task(make, name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, retries=0)
+                futures[node.name] = run.submit(node.name, wait_for=[futures[p.name] for p in node.parents])
+            for future in futures.values():
+                future.wait()
+        states = [future.state for future in futures.values()]
+        if not all(state.is_completed() for state in states):
+            results = [state.result(raise_on_failure=False) for state in states if state.is_failed() or state.is_crashed()]
+            raise _first([result for result in results if isinstance(result, Exception)])
         shown.result(store, nodes)
         done = True
     except BaseException:
         maker.cancel()
         raise
     finally:
-        signal.signal(signal.SIGINT, previous)
         tracker.close(failed=not done)
         launcher.close()
 
 
 def _first(errors: list[Exception]) -> Exception:
     """The error that explains the others: a cancellation or a missing input only follows from it."""
-    for error in sorted(errors, key=lambda e: (isinstance(e, Cancelled), not isinstance(e, CuveeError))):
-        return error
-    return CuveeError("the run did not complete; its stages were never started")
+    never = CuveeError("the run did not complete; its stages were never started")
+    return min(errors, key=lambda e: (isinstance(e, Cancelled), not isinstance(e, CuveeError)), default=never)
 
 
-def _on_interrupt(maker: Maker) -> Any:
+@contextmanager
+def _interruptible(maker: Maker) -> Iterator[None]:
     """Ctrl-C ends the running stages first; a second one ends this process at once."""
 
     def handler(*_: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         maker.cancel()
 
+    if threading.current_thread() is not threading.main_thread():  # whoever owns that handles signals
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
     try:
-        return signal.signal(signal.SIGINT, handler)
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        return signal.SIG_DFL
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Progress:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from flows.chat import Speaker
+from flows.services import check_port
 from stages.chat.messages import Refused, declared, message, openai
 from stages.chat.read import read
 from stages.stage import CuveeError
@@ -181,19 +182,11 @@ class Turn:
         return "data: " + json.dumps({**self.head, "object": "chat.completion.chunk", **body}) + "\n\n"
 
 
-def serve(folder: Path, name: str = "", port: int = 8000, rollouts: bool = False) -> int:
+def serve(folder: Path, name: str = "", port: int = 8000, rollouts: bool = False) -> None:
     """Serve until Ctrl-C. Raises CuveeError when the port is taken."""
-    import socket
-
     import uvicorn
 
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise CuveeError(f"port {port} can't be used ({error.strerror}); give another with --port") from None
+    check_port("--port", port)
     api = app(folder, name, rollouts)  # a large model takes a while to load
     print(f"http://127.0.0.1:{port}/v1 serves {name or folder.name}; Ctrl-C ends", flush=True)
     uvicorn.run(api, host="127.0.0.1", port=port, log_level="warning")
-    return 0

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def experiment_page(server: str, name: str) -> str:
     try:
         with urllib.request.urlopen(f"{server}/api/2.0/mlflow/experiments/get-by-name?{query}", timeout=5) as response:
             return mlflow_page(server, f"/experiments/{json.load(response)['experiment']['experiment_id']}")
-    except (OSError, ValueError, KeyError):
+    except (OSError, HTTPException, ValueError, KeyError):
         return mlflow_page(server)
 
 
@@ -75,7 +75,7 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return response.status == 200
-    except (urllib.error.URLError, OSError):
+    except (OSError, HTTPException):  # nobody listens, or somebody who speaks no HTTP
         return False
 
 
@@ -145,9 +145,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def port_taken(port: int) -> bool:
+def check_port(option: str, port: int) -> None:
+    """Raises CuveeError where no server can listen at a port of loopback."""
+    if not 0 < port < 65536:
+        raise CuveeError(f"{option}={port} is no port; give one from 1 to 65535")
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise CuveeError(f"{option}={port} can't be used ({error.strerror}); choose another port") from None
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -20,13 +20,10 @@ POOL = "cuvee"
 WORKER = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
 
 
-def up(prefect_port: int, mlflow_port: int) -> int:
+def up(prefect_port: int, mlflow_port: int) -> None:
     """Start everything, print the addresses, and stay until Ctrl-C; then end everything that was started."""
     for name, port in (("--prefect-port", prefect_port), ("--mlflow-port", mlflow_port)):
-        if not 0 < port < 65536:
-            raise CuveeError(f"{name}={port} is no port; give one from 1 to 65535")
-        if services.port_taken(port):
-            raise CuveeError(f"{name}={port}: something listens there already; stop it or choose another port")
+        services.check_port(name, port)
     os.environ.update(services.environment())
     logs, prefect, mlflow = state_dir() / "logs", f"http://127.0.0.1:{prefect_port}", f"http://127.0.0.1:{mlflow_port}"
     os.environ["PREFECT_API_URL"] = f"{prefect}/api"
@@ -51,7 +48,6 @@ def up(prefect_port: int, mlflow_port: int) -> int:
             time.sleep(1)
     except KeyboardInterrupt:
         print("cuvee: stopping", flush=True)
-        return 0
     finally:
         (state_dir() / "services.json").unlink(missing_ok=True)
         for _, process in reversed(started):

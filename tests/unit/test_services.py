@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,7 +14,7 @@ from pydoc_data.topics import topics
 import psutil
 import pytest
 
-from flows import services
+from flows import flow, services
 from flows.up import up
 from stages.stage import CuveeError
 
@@ -48,6 +50,34 @@ def test_stopping_a_server_ends_what_it_started():
     child = psutil.Process(int(server.stdout.readline()))
     services.stop(server)
     assert server.poll() is not None and psutil.wait_procs([child], timeout=60)[1] == []
+
+
+def test_whoever_speaks_no_http_does_not_answer():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        greeter = threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0-x\r\n\r\n"), daemon=True)
+        greeter.start()
+        assert not services.answers(f"http://127.0.0.1:{port}/health")
+        with pytest.raises(CuveeError, match=f"--port={port} can't be used .*; choose another port"):
+            services.check_port("--port", port)
+    services.check_port("--port", port)
+
+
+def test_a_flow_may_run_beside_the_main_thread():
+    """Another program's flow may start ours in a thread, where no signal's handler can be set."""
+    ended = []
+
+    def run():
+        with flow._interruptible(None):
+            ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    before = signal.getsignal(signal.SIGINT)
+    with flow._interruptible(None):
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert ended and signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_port_that_is_none_is_refused(monkeypatch, tmp_path):
