@@ -51,7 +51,8 @@ class Job:
 
     def cancel(self) -> None:
         """End the stage and everything that it started."""
-        if self.started.wait(5) and not self.ended.is_set():
+        self.started.wait()  # a worker that still imports would start it afterwards; one that dies ends it
+        if not self.ended.is_set():
             end_tree(self.pid)
 
 
