@@ -237,9 +237,9 @@ def split(rows: list[dict], share: float) -> tuple[list[dict], list[dict]]:
     that what an ensemble has learned never comes from another's held-out prompts."""
     from hashlib import sha256
 
-    prompts = sorted({(row["domain"], row["id"]) for row in rows}, key=lambda p: sha256("/".join(p).encode()).digest())
-    chosen = {p for p in prompts if int.from_bytes(sha256("/".join(p).encode()).digest()[:6], "big") < share * 2**48}
-    chosen = chosen or set(prompts[:1])
+    digests = {(row["domain"], row["id"]): sha256(f"{row['domain']}/{row['id']}".encode()).digest() for row in rows}
+    chosen = {p for p, digest in digests.items() if int.from_bytes(digest[:6], "big") < share * 2**48}
+    chosen = chosen or {min(digests, key=lambda p: digests[p])}
     sides: tuple[list[dict], list[dict]] = ([], [])
     for row in rows:
         sides[(row["domain"], row["id"]) in chosen].append(row)

@@ -103,7 +103,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     (some of the first and of the last, a column a list, as MLflow shows tables).
 
     Returns the trainer's metrics and `reward_first`, `reward_last`: mean sampled reward of the first and last block, and
-    the shares of this process's time spent generating, rewarding, syncing weights and training.
+    the shares, since the engine was made, of the time spent generating, rewarding, syncing weights and training.
     Raises CuveeError when engine and trainer disagree after a sync, or no prompt's rewards differ.
     """
     from stages.train._critic import Critic, Criticised
