@@ -174,19 +174,20 @@ def diff(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from flows.lineage import find, verify
+    from flows.lineage import AGAIN, find, verify
     from flows.step import ancestors
 
     store = _store(args)
     record = find(store, args.artifact)
-    defects = list(verify(store, record))
-    for line in defects:
+    lines = list(verify(store, record))
+    defects = [line for line in lines if not line.endswith(AGAIN)]
+    for line in lines:
         print(line)
     made = ancestors(store, [record])
     files = sum(len(r["files"]) for r in made.values())
     print(f"{record['name']} {record['fingerprint'][:12]}: {len(made)} artifacts, {files} files, "
-          + (f"{len(defects)} defects; delete the damaged artifacts' folders under {store.uri} and run again to "
-             "remake them" if defects else "all intact"))
+          + (f"{len(defects)} defect{'s' * (len(defects) > 1)}; delete the damaged artifacts' folders under {store.uri} and "
+             "run again to remake them" if defects else "all intact"))
     return 1 if defects else 0
 
 

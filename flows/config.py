@@ -219,6 +219,8 @@ def _sentence(error: Exception, overrides: list[str]) -> str:
         if (CONF / group).is_dir() and not (CONF / group / f"{value}.yaml").exists():
             return f"{key}: {unknown(value, list(choices(group)))}"
         if override in str(error).splitlines()[0] or key in str(error) or key.split(".")[-1] in reason:
+            if "is not a ListConfig" in reason:
+                reason = f"it takes a list: {key}=[{value}]"
             problem = _unknown_key(key, _groups(overrides))
             return problem or f"{key}={value}: {reason}"
     return reason

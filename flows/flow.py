@@ -144,7 +144,8 @@ class Progress:
         self.last[name] = time.monotonic()
 
     def line(self, name: str, line: str) -> None:
-        if line.startswith("step ") and time.monotonic() - self.last.get(name, 0) > self.EVERY:
+        due = line.startswith("step ") and time.monotonic() - self.last.get(name, 0) > self.EVERY
+        if due or line.startswith("waiting: "):
             self.last[name] = time.monotonic()
             self.show(f"          {name:<22} {line}")
 

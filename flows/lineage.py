@@ -11,6 +11,8 @@ from stages import stage as stages
 from stages.stage import CuveeError
 from stages.store import record as records
 
+AGAIN = "was made again since: the same files under another record"
+
 
 def find(store: Any, name: str) -> dict[str, Any]:
     """The record behind an alias, a fingerprint or the unique beginning of one (at least 4 digits)."""
@@ -99,8 +101,8 @@ def diff(store: Any, a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
 def verify(store: Any, record: dict[str, Any]) -> Iterator[str]:
     """Every defect found in an artifact and all its ancestors; nothing if all is intact.
 
-    Checked for each: the record's own bytes and digest, that its fingerprint follows from its fields, that its inputs'
-    digests are those of their records, and the SHA-256 of every file.
+    Checked for each: the record's own bytes and digest, that its fingerprint follows from its fields, that its inputs
+    are those that were used, and the SHA-256 of every file. A line that ends with AGAIN is no defect.
     """
     tree = ancestors(store, [record])
     with ThreadPoolExecutor(2) as pool:
@@ -118,8 +120,10 @@ def _defects(store: Any, record: dict[str, Any], tree: dict[str, dict[str, Any]]
     if made_by != record["fingerprint"]:
         yield f"{who}: the fingerprint does not follow from the record's fields ({made_by[:12]})"
     for arg, parent in records.parents(record):
-        if tree[parent["fingerprint"]]["digest"] != parent["digest"]:
-            yield f"{who}: input {arg} is not the artifact that was used (its record changed)"
+        now = tree[parent["fingerprint"]]
+        if now["digest"] != parent["digest"]:
+            again = records.content(now) == parent.get("content") and now["ended"] > record["ended"]
+            yield f"{who}: input {arg} {AGAIN if again else 'is not the artifact that was used (its record changed)'}"
     for name in sorted(found.keys() | record["files"].keys()):
         if name not in found:
             yield f"{who}: {name} is missing"

@@ -106,8 +106,8 @@ def phases(config: Any) -> Iterator[tuple[Any, int]]:
 
 def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
     """The plan as text; memory is of one device. Raises ConfigError when a stage can't run on the cluster's devices."""
-    cluster = graph.conf.cluster
-    yield f"{'stage':<24}{'address':<14}{'state':<6}{'tokens':>10}{'memory':>10}{'storage':>10}{'time':>9}  why"
+    cluster, wide = graph.conf.cluster, max(24, 1 + max(len(node.name) for node in nodes))
+    yield f"{'stage':<{wide}}{'address':<14}{'state':<6}{'tokens':>10}{'memory':>10}{'storage':>10}{'time':>9}  why"
     total, seconds, storage = 0, 0.0, 0.0
     for node, (made, previous) in zip(nodes, known(store, nodes), strict=True):
         doing, reason = ("done", "") if made else ("run", why(node, previous))
@@ -118,7 +118,7 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
         took = 0.0 if made else predict(node, previous, cluster.flops_per_second)
         if not made:
             total, seconds, storage = total + 1, seconds + took, storage + keeps
-        yield (f"{node.name:<24}{node.fingerprint[:12]:<14}{doing:<6}{_count(tokens):>10}{_bytes(memory):>10}"
+        yield (f"{node.name:<{wide}}{node.fingerprint[:12]:<14}{doing:<6}{_count(tokens):>10}{_bytes(memory):>10}"
                f"{_bytes(keeps):>10}{'' if made else _time(took):>9}  {reason}")
     cost = seconds / 3600 * cluster.price_per_hour
     yield ""

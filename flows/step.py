@@ -60,8 +60,10 @@ class Maker:
         record = self.store.record(node.fingerprint)
         if record is None:
             lease = self.store.lease(node.fingerprint)
-            if not lease.wait(self._cancelled):
-                raise Cancelled(f"{node.name}: interrupted while another run was making it")
+            if not lease.acquire():
+                log("waiting: another run is making it")
+                if not lease.wait(self._cancelled):
+                    raise Cancelled(f"{node.name}: interrupted while another run was making it")
             with lease:
                 record = self.store.record(node.fingerprint)  # made by the lease's last holder?
                 if record is None:
@@ -213,7 +215,8 @@ class Maker:
     def _record(self, node: Node, outcome: dict, parents: dict, started: float, threads: int, run: Any) -> dict:
         def link(parent: Node) -> dict[str, str]:
             return {"fingerprint": parent.fingerprint, "kind": parent.kind.value,
-                    "digest": parents[parent.fingerprint]["digest"]}
+                    "digest": parents[parent.fingerprint]["digest"],
+                    "content": records.content(parents[parent.fingerprint])}
 
         out = self.work / node.fingerprint / "out"
         return {

@@ -26,6 +26,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -151,8 +152,19 @@ def parse(config_type: type, values: dict[str, Any], where: str) -> Any:
         config = OmegaConf.to_object(values if typed else OmegaConf.merge(OmegaConf.structured(config_type), values))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, config_type, where)) from None
+    _check_finite(config, where)
     _check_choices(config, where)
     return config
+
+
+def _check_finite(value: Any, where: str) -> None:
+    """No address can be made of nan or infinity, which JSON does not have, and no comparison refuses nan."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is not a finite number")
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_finite(one, f"{where}.{key}" if isinstance(value, dict) else f"{where}[{key}]")
 
 
 def _check_keys(section: Any, where: str) -> None:

@@ -66,7 +66,7 @@ def _margins(margins: dict[str, list[float]]) -> list[Markup]:
 
 def _optimised(rows: list[dict[str, float]]) -> list[Markup]:
     """Gold and proxy reward over the KL of best of n, each on a scale of its own."""
-    content, longest = _frame("best of n by the model", "KL from the policy (nats)"), rows[-1]["kl"] or 1.0
+    content, longest = _frame("best of n by the model, each on its own scale", "best of n, placed at its KL from the policy"), rows[-1]["kl"] or 1.0
     for name, curve, mark in (("gold", "chain", "node"), ("proxy", "series s1", "mark s1")):
         values = [one[name] for one in rows]
         low, extent = min(values), (max(values) - min(values)) or 1.0

@@ -95,6 +95,11 @@ def place(nodes: list[Node]) -> None:
             start = max(ASIDE, edge + gap)
             for i, node in enumerate(sides[side]):
                 node.x = WIDTH / 2 + side * (start + i * gap)
+        # A layer is no wider than the picture, but a full middle may push a side over its edge.
+        left, right = min(node.x for node in layer) - WIDE / 2, max(node.x for node in layer) + WIDE / 2 - WIDTH
+        shift = -left if left < 0 else -right if right > 0 else 0.0
+        for node in layer:
+            node.x += shift
 
 
 def draw(records: dict[str, dict[str, Any]]) -> Markup:

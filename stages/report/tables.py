@@ -6,6 +6,7 @@ from typing import Any
 
 from stages.report.charts import clock, label, percent
 from stages.report.facts import Facts, Interval, Model, parameter_count, span, work
+from stages.report.lineage import HIDDEN
 
 AREAS = ("data", "train", "rollout", "merge", "evaluation", "export")
 STRONG = 67  # percent of colour from which the page's own text colour is the harder one to read
@@ -227,8 +228,9 @@ def time(facts: Facts, hourly_cost: float, currency: str) -> dict[str, Any]:
         {"area": area, "seconds": round(s, 3), "time": clock(s), "share": percent(s / total)}
         for area, s in sorted(seconds.items(), key=lambda item: -item[1])
     ]
+    drawn = {record["stage"].split(".")[0] for record in facts.records.values() if record["kind"] not in HIDDEN}
     return {"by_area": by_area, "stages": stages, "priced": hourly_cost > 0,
-            "areas": [a for a in AREAS if a in seconds and a != "evaluation"]}  # fmt: skip
+            "areas": [a for a in AREAS if a in drawn]}  # fmt: skip
 
 
 def _scientific(number: float) -> str:

@@ -59,6 +59,13 @@ def seal(record: dict[str, Any]) -> dict[str, Any]:
     return body | {"digest": hashlib.sha256(canonical(body)).hexdigest()}
 
 
+def content(record: dict[str, Any]) -> str:
+    """Digest of what an artifact is: its address and the SHA-256 of its files. Made again with the same bytes it is equal,
+    where the digest of the record, which tells of times and machines, is not."""
+    files = {name: one["sha256"] for name, one in record["files"].items()}
+    return hashlib.sha256(canonical([record["fingerprint"], files])).hexdigest()
+
+
 def dumps(record: dict[str, Any]) -> bytes:
     return json.dumps(record, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
 

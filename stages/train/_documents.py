@@ -91,7 +91,11 @@ class Documents:
     def _phase(self, index: int, length: int, share: dict[str, float], files: dict[str, IndexedTokens]) -> list[Any]:
         """[(sources, shares) of ordinary steps, the same of steps with long documents]."""
         seed = lambda kind, domain: [self.config.seed, index, kind, zlib.crc32(domain.encode())]  # noqa: E731
-        kinds = [({d: Source(file, length, seed(0, d)) for d, file in files.items()}, share)]
+        whole = {d: Source(file, length, seed(0, d)) for d, file in files.items()}
+        for domain, source in whole.items():
+            if not source.tokens:
+                raise CuveeError(f"blend: no document of domain {domain} has two tokens, so that none has a target; leave it out")
+        kinds = [(whole, share)]
         if self.config.long_every:
             long = {d: Source(file, length, seed(1, d), LONG * length) for d, file in files.items()}
             long = {d: source for d, source in long.items() if source.tokens}

@@ -113,7 +113,8 @@ def _check_features(config: TrainConfig, device: str, at: str) -> None:
                 raise ConfigError(f"{at}{field}: {getattr(config, field)} needs a GPU; set it to {value} on a CPU")
         if (precision := config.precision_at(0)) != "fp32":
             raise ConfigError(
-                f"{at}precision: {precision} needs a GPU with Transformer Engine; set it to fp32 on a CPU"
+                f"{at}precision: {precision} needs a GPU with Transformer Engine; choose a cluster that has "
+                "one, e.g. cluster=h100x1, or set it to fp32"
             )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -120,6 +121,13 @@ def test_a_step_is_found_without_those_before_it(tokens):
     assert len(other) != len(in_turn[0]) or any(
         not np.array_equal(a[0].tokens, b[0].tokens) for a, b in zip(in_turn[0], other, strict=True)
     )
+
+
+def test_documents_without_a_target_are_refused(tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path / "tokens")
+    write(tmp_path / "tokens/train-down", [[5], [6]], 100)
+    with pytest.raises(CuveeError, match="blend: no document of domain down has two tokens"):
+        Documents(config(phases=[[64, 5]]), tmp_path / "tokens")
 
 
 def test_blend_and_long_documents(tokens):

@@ -6,6 +6,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from stages.store import _bucket, s3
+from stages.store.s3 import S3Store
 from tests.s3 import ceph
 
 
@@ -43,3 +45,17 @@ def uri(endpoint):
     bucket = f"bucket-{time.time_ns()}"
     boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket=bucket)
     return f"s3://{bucket}/some/prefix"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Attempts follow at once. Parts are as small as a service takes them."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.05)
+    monkeypatch.setattr(_bucket, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(_bucket, "FIRST_SECONDS", 1.0)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 1024 * 1024)
+
+
+@pytest.fixture
+def store(uri, endpoint, tmp_path):
+    return S3Store(uri, tmp_path / "cache", endpoint)

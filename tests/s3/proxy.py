@@ -25,6 +25,19 @@ SLOW_SECONDS = 1.0
 SECOND_HOP = ("connection", "expect", "transfer-encoding")
 
 
+def every_second(fault: str, *methods: str) -> Callable[[str, str], str]:
+    """A fault that meets every second request of these methods, the first included; never those of the probe."""
+    seen = {"count": 0}
+
+    def decide(method: str, path: str) -> str:
+        if method not in methods or "/probes/" in path:
+            return ""
+        seen["count"] += 1
+        return fault if seen["count"] % 2 else ""
+
+    return decide
+
+
 class Proxy:
     """`endpoint` stands for the server at `upstream`. fault: (method, path with query) -> what happens to a request."""
 

@@ -7,9 +7,7 @@ import os
 import pickle
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import boto3
 import botocore.auth
@@ -18,7 +16,7 @@ import pytest
 
 from flows import lineage
 from stages.stage import CuveeError
-from stages.store import _bucket, lease, mirror, s3
+from stages.store import _bucket, mirror, s3
 from stages.store import record as records
 from stages.store._bucket import Bucket
 from stages.store.s3 import S3Store
@@ -33,22 +31,9 @@ from tests.s3.proxy import (
     LOST_ANSWER,
     SLOW,
     Proxy,
+    every_second,
 )
 from tests.unit.test_store import make
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Attempts follow at once. Parts are as small as a service takes them."""
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.05)
-    monkeypatch.setattr(_bucket, "PAUSE_SECONDS", 0.1)
-    monkeypatch.setattr(_bucket, "FIRST_SECONDS", 1.0)
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * 1024 * 1024)
-
-
-@pytest.fixture
-def store(uri, endpoint, tmp_path):
-    return S3Store(uri, tmp_path / "cache", endpoint)
 
 
 def artifact(folder, seed=0, size=11_000_000, name="base"):
@@ -61,26 +46,6 @@ def artifact(folder, seed=0, size=11_000_000, name="base"):
     return out, {"fingerprint": records.fingerprint("x.y", "1", config, {}, {}), "name": name, "kind": "checkpoint",
                  "stage": "x.y", "version": "1", "config": config, "external": {}, "inputs": {}, "seed": seed,
                  "files": records.digest_files(out), "metrics": {}, "ended": "2026-01-01T00:00:00.000+00:00", "seconds": 1.0}
-
-
-def until(true):
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def every_second(fault, *methods):
-    """A fault that meets every second request of these methods, the first included; never those of the probe."""
-    seen = {"count": 0}
-
-    def decide(method, path):
-        if method not in methods or "/probes/" in path:
-            return ""
-        seen["count"] += 1
-        return fault if seen["count"] % 2 else ""
-
-    return decide
 
 
 @pytest.mark.parametrize("fault", [ERROR, BUSY, SLOW, CUT_REQUEST, LOST_ANSWER, DOWN])
@@ -165,75 +130,6 @@ def test_of_rivals_with_other_bytes_one_wins_whole(uri, endpoint, tmp_path):
     for store in stores:
         assert records.digest_files(store.fetch(published[0]["fingerprint"])) == published[0]["files"]
     assert list(lineage.verify(stores[0], published[0])) == []
-
-
-@pytest.mark.parametrize("fault", ["", LOST_ANSWER, ERROR])
-def test_of_rivals_for_a_lease_one_holds_it(uri, endpoint, tmp_path, fault):
-    holding, most, order = [], [], threading.Lock()
-
-    def hold(at):
-        store = S3Store(uri, tmp_path / str(at), proxy.endpoint)
-        right = store.lease("f" * 32)
-        right.POLL_SECONDS = 0.05
-        with right:
-            with order:
-                holding.append(at)
-                most.append(len(holding))
-            threading.Event().wait(0.1)
-            with order:
-                holding.remove(at)
-
-    with Proxy(endpoint, every_second(fault, "PUT")) as proxy:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(hold, range(4)))
-    assert most == [1] * 4
-
-
-def test_a_silent_holder_is_replaced_by_one_of_two_and_learns_of_it(store, monkeypatch):
-    """By the waiters' own clock: what the holder's or the server's say does not matter. The heartbeat counts, and only
-    while somebody could look."""
-    now = [0.0]
-    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(lease, "is_gone", lambda holder: False)
-    monkeypatch.setattr(lease.Lease, "_beat", lambda self: None)  # here it beats when it is told to
-    holder, *waiters = (store.lease("f" * 32) for _ in range(3))
-    assert holder.acquire()
-
-    def looks(seconds):
-        now[0] += seconds
-        return [waiter.acquire() for waiter in waiters]
-
-    for _ in range(20):  # a beating holder keeps it for longer than the expiry
-        assert holder._still_mine() and looks(4) == [False, False]
-    for _ in range(13):
-        assert looks(4) == [False, False]
-    assert looks(3600) == [False, False]  # an outage: nobody could see a heartbeat
-    now[0] += 4
-    with ThreadPoolExecutor(2) as pool:
-        won = list(pool.map(lambda waiter: waiter.acquire(), waiters))
-    assert sorted(won) == [False, True]
-    assert not holder._still_mine()
-    holder.release(done=True)
-    winner = waiters[won.index(True)]
-    assert winner._still_mine()
-    winner.release()
-    assert store.lease("f" * 32).acquire()
-
-
-def test_a_holder_beats_by_itself_also_after_an_outage(uri, endpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
-    down = threading.Event()
-    with Proxy(endpoint, lambda method, path: DOWN if down.is_set() else "") as proxy:
-        holder = S3Store(uri, tmp_path / "cache", proxy.endpoint).lease("f" * 32)
-        bucket = Bucket(uri, endpoint)
-        with holder:
-            for broken in (False, True):
-                if broken:
-                    down.set()
-                    until(lambda: proxy.seen[-1][2] == DOWN)
-                    down.clear()
-                beat = bucket.get(holder.name)
-                until(lambda beat=beat: bucket.get(holder.name) != beat)
 
 
 def test_a_service_without_conditional_writes_is_refused(moto, monkeypatch, tmp_path):

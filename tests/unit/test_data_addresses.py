@@ -44,5 +44,7 @@ def test_lists_of_domains_and_addresses(tmp_path):
     before = domains.external(config)
     (tmp_path / "a.txt").write_text("other.com\n")
     assert domains.external(config) != before
+    (tmp_path / "a.txt").write_text("# nothing yet\n")
+    assert cleaned(domains.Config(lists=[str(tmp_path / "a.txt")]), "http://bad.com") == ""
     with pytest.raises(ConfigError, match="data.options.domains.lists: '/no/list' is not known"):
         domains.external(domains.Config(lists=["/no/list"]))

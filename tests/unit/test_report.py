@@ -14,7 +14,7 @@ import yaml
 
 from stages.report import report, tables
 from stages.report.facts import average, busy, collect, gains, origin, parameter_count, retention, win_rates, work
-from stages.report.lineage import graph
+from stages.report.lineage import WIDE, WIDTH, graph, place
 from stages.report.svg import spread
 from stages.stage import CuveeError
 
@@ -179,6 +179,15 @@ def test_lineage_puts_parents_above_their_children(facts):
     soup = nodes[titles.index("sft-soup")]
     weights = {titles[parent] for parent, flows in soup.parents.items() if flows}
     assert weights == {f"sft-{domain}" for domain in facts.domains}  # the base is only measured against
+
+
+def test_every_box_of_the_lineage_is_within_the_picture(facts):
+    nodes = graph(facts.records)
+    place(nodes)
+    assert min(node.x for node in nodes) >= WIDE / 2 and max(node.x for node in nodes) <= WIDTH - WIDE / 2
+    for layer in {node.layer for node in nodes}:
+        at = sorted(node.x for node in nodes if node.layer == layer)
+        assert all(b - a > 50 for a, b in pairwise(at))
 
 
 def test_spread_keeps_distance_and_order():

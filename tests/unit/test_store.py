@@ -28,7 +28,7 @@ def make(store, folder, name, config, inputs=None, text="weights"):
     (out / "sub").mkdir(parents=True)
     (out / "a.txt").write_text(text)
     (out / "sub" / "b.bin").write_bytes(b"\x00\x01")
-    links = {arg: {"fingerprint": r["fingerprint"], "kind": r["kind"], "digest": r["digest"]}
+    links = {arg: {"fingerprint": r["fingerprint"], "kind": r["kind"], "digest": r["digest"], "content": records.content(r)}
              for arg, r in (inputs or {}).items()}
     made_by = records.fingerprint("x.y", "1", config, {}, records.input_fingerprints(links))
     return store.publish(out, {
@@ -135,6 +135,18 @@ def test_verify_finds_a_resealed_parent_an_extra_and_a_missing_file(family):
     (folder / "extra").touch()
     (folder / "a.txt").unlink()
     assert {d.split(": ", 1)[1] for d in lineage.verify(store, child)} == {"extra is not in the record", "a.txt is missing"}
+
+
+def test_verify_tells_what_was_made_again_from_what_was_changed(family, tmp_path):
+    """A damaged artifact that is deleted and made again has another record: with the same files that is no defect."""
+    store, parent, child = family
+    for text, said in (("weights", lineage.AGAIN), ("others", "is not the artifact that was used (its record changed)")):
+        shutil.rmtree(store.folder(parent["fingerprint"]))
+        out = tmp_path / text
+        made = make(store, out, "base", {"lr": 1e-3}, text=text) | {"ended": "2026-01-02T00:00:00.000+00:00"}
+        (store.folder(parent["fingerprint"]) / records.NAME).write_bytes(records.dumps(records.seal(made)))
+        (line,) = lineage.verify(store, child)
+        assert line.endswith(f"input init {said}")
 
 
 def test_why_and_diff_name_fields(family, tmp_path):

@@ -60,6 +60,8 @@ def _set(names: tuple[str, ...]) -> frozenset[str]:
 def _listed(names: list[str], lists: tuple[str, ...]) -> str:
     """The first of the names that stands on a list, or ""."""
     known = _hashes(lists)
+    if not len(known):  # lists of nothing but comments
+        return ""
     values = np.array([_hash(name) for name in names], np.uint64)
     hits = known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
     return names[int(hits.argmax())] if hits.any() else ""
