@@ -142,7 +142,7 @@ def plan(args: argparse.Namespace) -> None:
     from flows.plan import dry_run, table
 
     graph, nodes, store = _graph(args)
-    for line in chain(table(store, graph, nodes), dry_run(graph, nodes)):
+    for line in chain(list(table(store, graph, nodes)), dry_run(graph, nodes)):
         print(line)
 
 

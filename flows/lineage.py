@@ -26,7 +26,8 @@ def find(store: Any, name: str) -> dict[str, Any]:
     record = store.record(fingerprint) if fingerprint else None
     if record is None:
         if not aliases:
-            raise CuveeError(f"the store {store.uri} holds no artifact yet; make some with `cuvee run`")
+            raise CuveeError(f"the store {store.uri} holds no artifact yet; make some with `cuvee run`, or name the "
+                             "folder where they are: CUVEE_STATE")
         raise CuveeError(f"artifact {stages.unknown(name, list(aliases))}")
     return record
 

@@ -119,12 +119,16 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
         if not made:
             total, seconds, storage = total + 1, seconds + took, storage + keeps
         yield (f"{node.name:<{wide}}{node.fingerprint[:12]:<14}{doing:<6}{_count(tokens):>10}{_bytes(memory):>10}"
-               f"{_bytes(keeps):>10}{'' if made else _time(took):>9}  {reason}")
-    cost = seconds / 3600 * cluster.price_per_hour
+               f"{_bytes(keeps):>10}{'' if made else _time(took) if took else '-':>9}  {reason}")
+    if not total:
+        yield from ("", f"all {len(nodes)} stages are made; nothing will run")
+        return
+    price = cluster.price_per_hour
+    time = f"about {_time(seconds)} of stage time" if seconds else "how long is known once they have run"
+    cost = f", {seconds / 3600 * price:,.2f} {cluster.currency}" if price and seconds else ""  # unknown is not free
     yield ""
-    yield (f"{total} of {len(nodes)} stages will run; about {_time(seconds)} of stage time on cluster={cluster.name}, "
-           f"{_bytes(storage)} of storage, {cost:,.2f} {cluster.currency}" if total else
-           f"all {len(nodes)} stages are made; nothing will run")
+    yield (f"{total} of {len(nodes)} stages will run; {time} on cluster={cluster.name}, "
+           f"{_bytes(storage)} of storage{cost}")
 
 
 def dry_run(graph: Graph, nodes: list[Node]) -> Iterator[str]:

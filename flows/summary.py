@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from flows import together
@@ -18,7 +21,8 @@ def closing(store: Any, graph: Any, nodes: list[Any], seconds: float) -> Iterato
     yield ""
     if "export" in made:
         yield f"  model    {store.folder(made['export'].fingerprint)}"
-        yield f"  talk     cuvee chat {made['export'].inputs['model'].name}"
+        called = sys.argv[0] if Path(sys.argv[0]).name == "cuvee" and not shutil.which("cuvee") else "cuvee"
+        yield f"  talk     {called} chat {made['export'].inputs['model'].name}"
     if "report" in made:
         yield f"  report   {store.folder(made['report'].fingerprint) / 'report.html'}"
     prefect, mlflow = address("prefect"), address("mlflow")

@@ -73,9 +73,9 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     """Raises ConfigError for no sources, negative limits, or blocks in an order that cannot work."""
     if not config.sources:
         raise ConfigError(f"sources: is empty; name a folder, or {', '.join(names('data/sources'))}")
-    for field in ("source_bytes", "source_documents"):
+    for field in ("source_bytes", "source_documents", "workers"):
         if getattr(config, field) < 0:
-            raise ConfigError(f"{field}: {getattr(config, field)} is negative; give a limit, or 0 for all")
+            raise ConfigError(f"{field}: {getattr(config, field)} is negative; give a count, or 0 for all")
     blocks = config.blocks
     if twice := [name for name in blocks if blocks.count(name) > 1]:
         raise ConfigError(f"blocks: {twice[0]!r} stands there twice; name a block once")

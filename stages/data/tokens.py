@@ -40,6 +40,8 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     """Raises ConfigError for a multiple below 1 or a negative repetition."""
     if config.vocab_multiple < 1:
         raise ConfigError(f"vocab_multiple: {config.vocab_multiple} is below 1; 128 suits GPUs")
+    if config.workers < 0:
+        raise ConfigError(f"workers: {config.workers} is negative; give a count, or 0 for all threads")
     if config.prompts_repeat < 0:
         raise ConfigError(f"prompts_repeat: {config.prompts_repeat} is negative; 0 leaves prompts out")
 
