@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,20 @@ def prefect_api() -> Iterator[None]:
         return
     port = free_port()
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    with _kept(lambda: start_prefect(port, log, private=True)) as server:
-        wait_for(server, f"http://127.0.0.1:{port}/api/health", log, "the Prefect server")
+    with ExitStack() as stack:
+        with starting():
+            server = stack.enter_context(_kept(lambda: start_prefect(port, log, private=True)))
+            wait_for(server, f"http://127.0.0.1:{port}/api/health", log, "the Prefect server")
+        yield
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """One Prefect server of a state directory starts at a time: two that make the same database break each other's."""
+    path = state_dir() / "prefect.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

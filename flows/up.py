@@ -31,9 +31,10 @@ def up(prefect_port: int, mlflow_port: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print("cuvee: starting Prefect and MLflow (half a minute the first time)", flush=True)
-        started.append(("Prefect", services.start_prefect(prefect_port, logs / "prefect.log")))
-        started.append(("MLflow", services.start_mlflow(mlflow_port, logs / "mlflow.log")))
-        services.wait_for(started[0][1], f"{prefect}/api/health", logs / "prefect.log", "the Prefect server")
+        with services.starting():
+            started.append(("Prefect", services.start_prefect(prefect_port, logs / "prefect.log")))
+            started.append(("MLflow", services.start_mlflow(mlflow_port, logs / "mlflow.log")))
+            services.wait_for(started[0][1], f"{prefect}/api/health", logs / "prefect.log", "the Prefect server")
         names = deploy()
         close_dead()
         started.append(("the worker", services.start(WORKER, logs / "worker.log", _place())))

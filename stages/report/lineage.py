@@ -95,11 +95,12 @@ def place(nodes: list[Node]) -> None:
             start = max(ASIDE, edge + gap)
             for i, node in enumerate(sides[side]):
                 node.x = WIDTH / 2 + side * (start + i * gap)
-        # A layer is no wider than the picture, but a full middle may push a side over its edge.
-        left, right = min(node.x for node in layer) - WIDE / 2, max(node.x for node in layer) + WIDE / 2 - WIDTH
-        shift = -left if left < 0 else -right if right > 0 else 0.0
+        # Into the picture, over whose edge a full middle may push a side: moved, and narrowed where that is not enough.
+        low, high = min(node.x for node in layer), max(node.x for node in layer)
+        scale = min(1.0, (WIDTH - WIDE) / max(high - low, 1.0))
+        start = min(max(low, WIDE / 2), WIDTH - WIDE / 2 - (high - low) * scale)
         for node in layer:
-            node.x += shift
+            node.x = start + (node.x - low) * scale
 
 
 def draw(records: dict[str, dict[str, Any]]) -> Markup:

@@ -45,7 +45,7 @@ def input_fingerprints(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def parents(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("arg" or "arg.key", {"fingerprint", "kind", "digest"}) for each input of a record."""
+    """("arg" or "arg.key", {"fingerprint", "kind", "digest", "content"}) for each input of a record."""
     for arg, one in record["inputs"].items():
         if "fingerprint" in one:
             yield arg, one

@@ -14,7 +14,7 @@ import yaml
 
 from stages.report import report, tables
 from stages.report.facts import average, busy, collect, gains, origin, parameter_count, retention, win_rates, work
-from stages.report.lineage import WIDE, WIDTH, graph, place
+from stages.report.lineage import WIDE, WIDTH, Node, graph, place
 from stages.report.svg import spread
 from stages.stage import CuveeError
 
@@ -181,13 +181,15 @@ def test_lineage_puts_parents_above_their_children(facts):
     assert weights == {f"sft-{domain}" for domain in facts.domains}  # the base is only measured against
 
 
-def test_every_box_of_the_lineage_is_within_the_picture(facts):
-    nodes = graph(facts.records)
+@pytest.mark.parametrize("left, middle, right", [(3, 6, 0), (0, 6, 3), (4, 1, 4), (9, 0, 0), (1, 0, 0), (5, 9, 5)])
+def test_every_box_of_the_lineage_is_within_the_picture(left, middle, right):
+    """A layer of samples left of models, and reward models right of them."""
+    kinds = ["pairs"] * left + ["checkpoint"] * middle + ["reward_model"] * right
+    nodes = [Node([{"kind": kind}]) for kind in kinds]
     place(nodes)
-    assert min(node.x for node in nodes) >= WIDE / 2 and max(node.x for node in nodes) <= WIDTH - WIDE / 2
-    for layer in {node.layer for node in nodes}:
-        at = sorted(node.x for node in nodes if node.layer == layer)
-        assert all(b - a > 50 for a, b in pairwise(at))
+    at = [node.x for node in nodes]
+    assert min(at) >= WIDE / 2 - 1e-6 and max(at) <= WIDTH - WIDE / 2 + 1e-6
+    assert all(b - a > 40 for a, b in pairwise(sorted(at)))
 
 
 def test_spread_keeps_distance_and_order():

@@ -104,3 +104,20 @@ def test_a_killed_run_is_closed_in_its_own_server_and_leaves_no_process(tmp_path
     with sqlite3.connect(state / "prefect" / "prefect.db") as database:
         assert database.execute("SELECT state_type FROM flow_run").fetchall() == [("CRASHED",)]
     assert not list(state.glob("runs/*.json"))
+
+
+def test_servers_of_one_state_directory_start_one_after_the_other(tmp_path, monkeypatch):
+    """Two first runs at once: both servers would make the same database, and one would die of it."""
+    monkeypatch.setenv("CUVEE_STATE", str(tmp_path / "state"))
+    inside = threading.Event()
+
+    def second():
+        with services.starting():
+            inside.set()
+
+    other = threading.Thread(target=second)
+    with services.starting():
+        other.start()
+        assert not inside.wait(0.3)
+    other.join(30)
+    assert inside.is_set()
