@@ -28,7 +28,7 @@ from stages.stage import (
     unknown,
 )
 
-VERSION = "2"
+VERSION = "3"
 INPUTS = {"prompts": Input(Kind.PROMPTS, many=True), "reward": Input(Kind.REWARD_MODEL, optional=True)}
 OUTPUT = Kind.CONVERSATIONS
 

@@ -9,7 +9,7 @@ from stages.chat.messages import said
 from stages.evaluation._suites import Suite, answer, by, contamination, held_out, judge
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, identity, option
 
-VERSION = "3"
+VERSION = "4"
 INPUTS = {
     "model": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),

@@ -56,8 +56,8 @@ def test_language_is_judged_where_there_is_enough_of_it():
 
 def test_refusals_and_over_refusals():
     texts = ("I can't help with that.", "Here is how to do it.", "")
-    assert rewarded("refusal", {"check": {"refuse": True}}, *texts) == [1.0, -1.0, 0.0]
-    assert rewarded("refusal", {"check": {"refuse": False}}, *texts) == [-0.5, 1.0, 0.0]
+    assert rewarded("refusal", {"check": {"refuse": True}}, *texts) == [1.0, -1.0, -1.0]
+    assert rewarded("refusal", {"check": {"refuse": False}}, *texts) == [-0.5, 1.0, -1.0]
 
 
 CITED = ("The cat is <co>black</co: 0:[1]>.", "The cat is <co>black</co: 0:[0]>.", "<co>green</co: 0:[1]>", "<co>black</co: 0:[7]>",
