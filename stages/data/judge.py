@@ -5,7 +5,6 @@ The outcome is a corpus with a column `score`: input `labels` of data.curate, wh
 
 import heapq
 import json
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -22,8 +21,6 @@ RUBRIC = """You grade a text from the web by what a reader learns from it. Give 
 about a subject of study, among whatever else; it keeps to such a subject; it explains it coherently, without much advertising or \
 navigation; it could stand in a textbook for school, with examples or steps; it is outstanding: thorough, clear, free of anything else."""
 FORM = '\n\n[Text]\n{text}\n\nFirst write down your reasons in a sentence, then the points, as one JSON object: {{"reasons": "...", "points": 0 to 5}}'
-POINTS = re.compile(r'"points"\s*:\s*"?([0-5])\b')
-FIXED = {"temperature": 0.0}
 
 
 @dataclass
@@ -59,6 +56,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     import pyarrow.parquet
 
     from stages.teacher.client import Client, Request, forecast, totals
+    from stages.teacher.judge import FIXED, POINTS
 
     drawn = _drawn(inputs["corpus"].path, config)
     cache = Path(config.cache).expanduser() if config.cache else ctx.scratch / "answers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from hashlib import blake2b
 
 import numpy as np
 
@@ -24,6 +25,11 @@ def units(text: str) -> list[str]:
 def normalised(text: str) -> str:
     """The text with case, compatibility forms and white space evened out: equal for equal documents."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower().split())
+
+
+def hash64(text: str) -> int:
+    """64 bits of the text's BLAKE2b, the same on every machine."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
 
 
 def mixed(hashes: np.ndarray) -> np.ndarray:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from stages.data.document import Document
+from stages.data.text import hash64
 from stages.stage import option
 
 SHARE, LEAST = 0.01, 1 << 20
@@ -49,7 +49,7 @@ def share(size: int) -> float:
 
 def drawn(document: Document, share: float) -> bool:
     """Whether a document is in the sample: the same for every block and in every process."""
-    return share >= 1 or int.from_bytes(blake2b(document.id.encode(), digest_size=8).digest()) < share * 2**64
+    return share >= 1 or hash64(document.id) < share * 2**64
 
 
 def thresholds(options: Any) -> dict[str, tuple[list[float], list[float]]]:

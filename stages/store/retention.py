@@ -67,15 +67,16 @@ def _clean_bucket(store: S3Store, age: float) -> Iterator[str]:
     def old(item: dict[str, Any]) -> bool:
         return now - item["LastModified"] > timedelta(seconds=age)
 
-    found: dict[str, dict[str, bool]] = defaultdict(dict)  # fingerprint -> name -> whether it is old
-    for name, item in bucket.names("artifacts/"):
-        found[name.split("/")[1]][name] = old(item)
-    for fingerprint, names in found.items():
+    def by_fingerprint(folder: str) -> dict[str, dict[str, bool]]:
+        """Of each artifact its objects in the folder, and whether they are old."""
+        found: dict[str, dict[str, bool]] = defaultdict(dict)
+        for name, item in bucket.names(folder):
+            found[name.split("/")[1]][name] = old(item)
+        return found
+
+    for fingerprint, names in by_fingerprint("artifacts/").items():
         yield from _clean_artifact(store, fingerprint, names)
-    scratch: dict[str, dict[str, bool]] = defaultdict(dict)
-    for name, item in bucket.names("scratch/"):
-        scratch[name.split("/")[1]][name] = old(item)
-    for fingerprint, names in scratch.items():
+    for fingerprint, names in by_fingerprint("scratch/").items():
         if all(names.values()):
             yield from _remove(store, fingerprint, list(names), "checkpoints")
     pages = bucket.s3.get_paginator("list_multipart_uploads")

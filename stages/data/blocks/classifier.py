@@ -16,6 +16,7 @@ from stages.data.blocks._labels import read, sources
 from stages.data.document import Document
 from stages.data.join import Keys, State
 from stages.data.source import find
+from stages.data.text import hash64
 from stages.data.thresholds import at_least
 from stages.data.words import cut, spans
 from stages.stage import ConfigError, option, placement
@@ -78,15 +79,9 @@ def features(documents: list[Document], config: Config) -> np.ndarray:
 
 def keys(documents: list[Document], config: Config) -> np.ndarray:
     """The features of the documents in the sample."""
-    from hashlib import blake2b
-
-    def draw(document: Document) -> int:
-        digest = blake2b(f"{config.seed}:{document.id}".encode("utf-8", "replace"), digest_size=8).digest()
-        return int.from_bytes(digest)
-
     if config.labels:
         return np.empty(0, ROW)
-    draws = [(i, draw(document)) for i, document in enumerate(documents) if not document.split]
+    draws = [(i, hash64(f"{config.seed}:{document.id}")) for i, document in enumerate(documents) if not document.split]
     chosen = [(i, value) for i, value in draws if value < config.sample * 2**64]
     rows = features([documents[i] for i, _ in chosen], config)
     if chosen:

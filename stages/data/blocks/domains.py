@@ -3,7 +3,6 @@ address may hold."""
 
 from dataclasses import dataclass
 from functools import cache
-from hashlib import blake2b
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +11,7 @@ import numpy as np
 from stages.data.blocks.url import normal
 from stages.data.document import Document
 from stages.data.source import find
+from stages.data.text import hash64
 from stages.stage import option, placement
 
 FIELD = "data.options.domains.lists"
@@ -62,7 +62,7 @@ def _listed(names: list[str], lists: tuple[str, ...]) -> str:
     known = _hashes(lists)
     if not len(known):  # lists of nothing but comments
         return ""
-    values = np.array([_hash(name) for name in names], np.uint64)
+    values = np.array([hash64(name) for name in names], np.uint64)
     hits = known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
     return names[int(hits.argmax())] if hits.any() else ""
 
@@ -75,9 +75,5 @@ def _hashes(lists: tuple[str, ...]) -> np.ndarray:
         for entry in source.entries:
             with entry.open() as file:
                 lines = (line.decode("utf-8", "replace").partition("#")[0].split() for line in file)
-                found += [_hash(normal(words[-1]) if "/" in words[-1] else words[-1].lower().removeprefix("www.")) for words in lines if words]
+                found += [hash64(normal(words[-1]) if "/" in words[-1] else words[-1].lower().removeprefix("www.")) for words in lines if words]
     return np.unique(np.array(found, np.uint64))
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8", "replace"), digest_size=8).digest())

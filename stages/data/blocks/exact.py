@@ -1,12 +1,11 @@
 """Exact duplicates: of documents equal but for case, white space and compatibility forms, the first stays."""
 
-from hashlib import blake2b
 
 import numpy as np
 
 from stages.data.document import Document
 from stages.data.join import Keys, State, equal
-from stages.data.text import normalised
+from stages.data.text import hash64, normalised
 
 ROW = [("document", np.int64), ("hash", np.uint64)]
 
@@ -16,7 +15,7 @@ def keys(documents: list[Document], config: None) -> np.ndarray:
     rows = np.empty(len(documents), ROW)
     rows["document"] = np.arange(len(documents))
     for i, document in enumerate(documents):
-        rows["hash"][i] = int.from_bytes(blake2b(normalised(document.text).encode(), digest_size=8).digest())
+        rows["hash"][i] = hash64(normalised(document.text))
     return rows
 
 

@@ -10,7 +10,6 @@ file of their own (records of JSON lines) stay as they are.
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from stages.data.blocks import _imports, licence
 from stages.data.document import Document
 from stages.data.join import Keys, State, in_order
 from stages.data.shard import Reader
+from stages.data.text import hash64
 from stages.stage import ConfigError, option
 
 IS, ASKS = 0, 1
@@ -53,20 +53,16 @@ def _shown(document: Document, path: str) -> bytes:
     return f"{head}{document.text.strip(chr(10))}\n\n".encode()
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
-
-
 def keys(documents: list[Document], config: Config) -> np.ndarray:
     """A row for each name of a file, and for each name it asks for."""
     rows = []
     for i, document in enumerate(documents):
         repository, path = _place(document, config.depth)
         if path:
-            size, own = len(_shown(document, path)), _hash(repository)
+            size, own = len(_shown(document, path)), hash64(repository)
             found = [(name, IS) for name in sorted({path, *_imports.names(path)})]
             found += [(name, ASKS) for name in sorted(_imports.asked(path, document.text))]
-            rows += [(i, _hash(f"{repository}\0{name}"), kind, own, size) for name, kind in found]
+            rows += [(i, hash64(f"{repository}\0{name}"), kind, own, size) for name, kind in found]
     return np.array(rows, ROW)
 
 

@@ -5,12 +5,12 @@ A line counts once a document, however often it stands there, without case, mark
 
 import re
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 
 from stages.data.document import Document
 from stages.data.join import Keys, State, in_order
+from stages.data.text import hash64
 from stages.stage import ConfigError, option
 
 ROW = [("document", np.int64), ("hash", np.uint64)]
@@ -34,7 +34,7 @@ def _hashes(document: Document, config: Config) -> list[int]:
     if document.domain in ("code", "names"):
         return []
     plain = (PLAIN.sub("", line).lower() for line in document.text.split("\n"))
-    return [int.from_bytes(blake2b(line.encode("utf-8", "replace"), digest_size=8).digest()) >> 1 | 1
+    return [hash64(line) >> 1 | 1
             if len(line) >= config.min_characters else 0 for line in plain]
 
 

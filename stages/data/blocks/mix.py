@@ -5,12 +5,12 @@ larger than their share lose documents by a hash of the text; those that are sma
 """
 
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 
 from stages.data.document import Document, size
 from stages.data.join import Keys, State
+from stages.data.text import hash64
 from stages.stage import ConfigError, option
 
 ROW = [("document", np.int64), ("part", np.uint64), ("bytes", np.int64), ("copies", np.int64)]
@@ -35,16 +35,12 @@ def check(config: Config) -> None:
                           f"above 0, bytes {config.bytes} not below")
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8", "replace"), digest_size=8).digest())
-
-
 AFTER_APPLY = True  # only what goes into training counts
 
 
 def keys(documents: list[Document], config: Config) -> np.ndarray:
     """A row a training document: its part, size and copies."""
-    found = [(i, _hash(getattr(document, config.by)), size(document.text) * document.repeat, document.repeat)
+    found = [(i, hash64(getattr(document, config.by)), size(document.text) * document.repeat, document.repeat)
              for i, document in enumerate(documents) if document.split in ("", "train") and len(document.text) >= config.min_characters]
     return np.array(found, ROW)
 
@@ -57,7 +53,7 @@ def join(keys: Keys, config: Config, state: State) -> None:
         for part, count in zip(parts.tolist(), np.bincount(inverse, rows["bytes"]).tolist(), strict=True):
             volume[part] = volume.get(part, 0) + int(count)
             copies[part] = max(copies.get(part, 1), int(rows["copies"][rows["part"] == part].max()))
-    found = epochs(volume, copies, {_hash(name): weight for name, weight in config.weights.items()}, config)
+    found = epochs(volume, copies, {hash64(name): weight for name, weight in config.weights.items()}, config)
     state.array("parts", np.uint64, len(found))[:] = sorted(found)
     state.array("epochs", np.float64, len(found))[:] = [found[part] for part in sorted(found)]
 
@@ -92,8 +88,8 @@ def apply(documents: list[Document], places: np.ndarray, config: Config, state: 
         if len(document.text) < config.min_characters:
             reasons[i] = f"mix: shorter than {config.min_characters} characters"
             continue
-        times = shares.get(_hash(getattr(document, config.by)), 0.0) * document.repeat
-        draw = _hash(f"{document.id}\n{document.text[:1000]}") / 2**64
+        times = shares.get(hash64(getattr(document, config.by)), 0.0) * document.repeat
+        draw = hash64(f"{document.id}\n{document.text[:1000]}") / 2**64
         document.repeat = int(times) + (draw < times - int(times))
         reasons[i] = "" if document.repeat else f"mix: more than the share of {getattr(document, config.by) or 'unknown'}"
     return reasons

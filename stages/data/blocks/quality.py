@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stages.data.blocks.repetition import REPEATED, TOP
 from stages.data.document import Document
 from stages.data.text import SPACELESS, rolling, units
 from stages.data.thresholds import at_least, at_most
@@ -37,8 +38,6 @@ STOP_WORDS = {
 BOILERPLATE = re.compile(r"javascript|cookie policy|terms of use|all rights reserved", re.IGNORECASE)
 GENERATED = re.compile(r"auto-?generated|generated (by|from|automatically)|do not edit", re.IGNORECASE)
 PAGE = 1000  # words
-TOP = {2: 0.20, 3: 0.18, 4: 0.16}
-REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 @dataclass

@@ -5,13 +5,13 @@ track. A message's or a web archive's identifier (<...>) is one wherever it stan
 """
 
 import re
-from hashlib import blake2b
 
 import numpy as np
 
 from stages.data.blocks import exact
 from stages.data.document import Document
 from stages.data.join import Keys, State
+from stages.data.text import hash64
 
 ADDRESS = re.compile(r"https?://(?:www\.)?([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 TRACKING = re.compile(r"(?<=[?&])(utm_\w+|fbclid|gclid|ref|session_?id)=[^&]*&?")
@@ -22,8 +22,7 @@ def keys(documents: list[Document], config: None) -> np.ndarray:
     places = [i for i, document in enumerate(documents) if document.url]
     rows = np.empty(len(places), exact.ROW)
     for row, i in enumerate(places):
-        digest = blake2b(_name(documents[i]).encode("utf-8", "replace"), digest_size=8).digest()
-        rows[row] = i, int.from_bytes(digest)
+        rows[row] = i, hash64(_name(documents[i]))
     return rows
 
 
