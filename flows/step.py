@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.graph import Node
-from stages.run import AGAIN, OK, REFUSED
+from stages.run import AGAIN, OK, REFUSED, logged
 from stages.stage import ROOT, CuveeError
 from stages.store import record as records
 
@@ -149,7 +149,7 @@ class Maker:
                     new = file.read()
                 whole = new[: new.rfind("\n") + 1]
                 at, sent = at + len(whole.encode()), time.monotonic()
-                self.tracker.progress(run, [json.loads(text) for text in whole.splitlines()])
+                self.tracker.progress(run, logged(whole))
 
         return on_line
 

@@ -125,16 +125,21 @@ def _limit_threads(threads: int) -> None:
         sys.modules["torch"].set_num_threads(threads)
 
 
+def logged(text: str) -> list[dict[str, float]]:
+    """The points of a text of metrics.jsonl. One that a kill cut off is left out; the next one stands on its line."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line[max(line.rfind("{"), 0) :]))
+    return found
+
+
 def series(scratch: Path) -> dict[str, list[list[float]]]:
     """Every metric that the stage logged, as [[step, value], ...], thinned to SERIES_POINTS; a repeated step (after a
     resume) counts once, as it was last."""
     points: dict[str, dict[int, float]] = {}
     path = scratch / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            point = json.loads(line)
-        except json.JSONDecodeError:  # a line that a kill cut off
-            continue
+    for point in logged(path.read_text()) if path.exists() else []:
         for name in point.keys() - {"step", "time"}:
             if math.isfinite(point[name]):
                 points.setdefault(name, {})[point["step"]] = point[name]

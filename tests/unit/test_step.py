@@ -12,7 +12,7 @@ from flows.graph import Node
 from flows.launchers.local import Launcher
 from flows.step import ATTEMPTS, Cancelled, Maker
 from stages import stage as stages
-from stages.run import AGAIN, OK
+from stages.run import AGAIN, OK, series
 from stages.stage import CuveeError
 from stages.store.local import LocalStore
 
@@ -233,3 +233,9 @@ def test_exit_statuses(launcher, tmp_path):
     spec.write_text("{")
     assert launcher.launch(spec, tmp_path / "log2.txt", 1).wait(print) == 1
     assert "JSONDecodeError" in (tmp_path / "log2.txt").read_text()
+
+
+def test_a_point_that_a_kill_cut_off_takes_no_other_with_it(tmp_path):
+    lines = ['{"step": 1, "loss": 3.0}\n', '{"step": 2, "lo', '{"step": 2, "loss": 2.5}\n', '{"step": 3, "loss": 2.0}\n', '{"st']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert series(tmp_path) == {"loss": [[1, 3.0], [2, 2.5], [3, 2.0]]}
