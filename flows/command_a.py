@@ -23,15 +23,18 @@ def recipe(step, conf) -> None:
     pretrained = step("pretrained", "train.pretrain", conf.pretrain, tokens=tokens)
     base = step("base", "train.pretrain", conf.cooldown, tokens=tokens, init=pretrained)
 
-    # Instruct, and the reward model that judges later stages
+    # Instruct
     chats = own_conversations(step, conf, tokenizer, prompts)
     instruct = step("instruct", "train.sft", conf.instruct, init=base, prompts=prompts, conversations=chats,
                     tokens=tokens if conf.instruct.replay else None)
-    reward = reward_model(step, conf.reward, conf.recipe.reward_seeds, policy=instruct, prompts=prompts)
 
     # Six SFT experts from Instruct, and their soup
     sft = {e: sft_expert(step, e, conf, {"instruct": instruct, "base": base}, prompts, tokens) for e in experts}
     sft_soup = step("sft-soup", "merge.soup", conf.soup.sft, models=sft, base=instruct)
+
+    # The reward model that judges later stages: of the answers of one of these, and made from it
+    policy = {"instruct": instruct, "sft-soup": sft_soup}[conf.recipe.reward_policy]
+    reward = reward_model(step, conf.reward, conf.recipe.reward_seeds, policy, prompts)
 
     # Six RL experts from the soup, and their soup
     rl = {e: rl_expert(step, e, conf, sft, sft_soup, instruct, prompts, tokens) for e in experts}

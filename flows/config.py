@@ -36,6 +36,7 @@ RULES = (
     ("reward_seeds refine_seeds seeds", "a list of whole numbers, e.g. [0,1]",
      lambda v: isinstance(v, ListConfig) and all(type(one) is int for one in v)),
     ("start", "instruct or base, what the SFT starts from", lambda v: v in ("instruct", "base")),
+    ("reward_policy", "instruct or sft-soup", lambda v: v in ("instruct", "sft-soup")),
     ("redo", "true or false", lambda v: isinstance(v, bool)),
     ("anchor", "a share of RL's start, from 0 to less than 1", lambda v: type(v) in (int, float) and 0 <= v < 1),
     ("refine volume", "a section of fields", lambda v: isinstance(v, DictConfig)),

@@ -100,7 +100,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     make = Pairs(config, init)
     prompts = [groups for groups in map(make, kept) if groups]
     judged = [(row["domain"], group) for row in held_out for group in make(row) if _gap(group) > 0]
-    if "ensemble" in inputs:
+    if "ensemble" in inputs and (config.agree or not config.strengths):
         prompts = relabelled(prompts, _opinion(inputs["ensemble"], prompts, ctx), config)
     pairs = sum(map(len, prompts))
     if not prompts or not judged:

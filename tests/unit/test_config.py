@@ -48,6 +48,7 @@ def graph(*overrides):
     ("cluster.memory_gib=much", "cluster.memory_gib=much: it must be a number above 0"),
     ("cluster=kubernetes cluster.volume=3", "cluster.volume=3: it must be a section"),
     ("recipe.experts=code", "recipe.experts=code: it must be a list"),
+    ("recipe.reward_policy=base", "recipe.reward_policy=base: it must be instruct or sft-soup"),
     ("recipe.polish_rounds=-1", "recipe.polish_rounds=-1: it must be a whole number from 0"),
     ("recipe=mixture mixing.max_epochs=x", "pretrain.max_epochs: Value 'x'"),
     ("recipe=mixture pretrain.sequence_length=0", "^pretrain.sequence_length: 0"),
@@ -86,6 +87,14 @@ def test_the_recipe_is_expert_fan_out_merge_rl_fan_out_merge_polish():
     assert {"rl-soup", "best-of-n", "preference", "online"} < set(parents["polished"]) and parents["export"] == ["polished"]
     assert {"reward-first", "reward-pairs", "reward-judge-0", "reward-probe"} < set(parents["reward"])
     assert len([n for n in nodes if n.startswith("scores-")]) == 3 + 6 + 1 + 6 + 1 + 4
+
+
+@pytest.mark.parametrize("policy", ["instruct", "sft-soup"])
+def test_the_reward_model_is_made_from_the_model_whose_answers_it_judges(policy):
+    nodes = graph(f"recipe.reward_policy={policy}").nodes
+    models = {"instruct", "sft-soup"}
+    for name in ("reward-pairs", "reward-pairs-many", "reward-probe", "reward-judge-0", "reward-first"):
+        assert {p.name for p in nodes[name].parents} & models == {policy}, name
 
 
 def test_experts_differ_by_their_options():
