@@ -112,4 +112,6 @@ def response(completion: str) -> str:
         completion = completion.split("<|START_RESPONSE|>", 1)[1]
     elif "<|END_THINKING|>" in turn and "<|START_ACTION|>" not in turn:
         completion = completion.split("<|END_THINKING|>", 1)[1]
+    elif "<|START_THINKING|>" in turn and "<|START_ACTION|>" not in turn:
+        return ""  # cut off while it thought
     return SPECIAL.sub("", _ENDS.split(completion, maxsplit=1)[0]).strip()

@@ -2,7 +2,8 @@
 turn) or results of tools. In [-1, 1]:
 
 -1 for a citation of a source that does not exist or does not hold the span's words; else, where `check` names the source
-(`source`, -1 for none, or `cites`), the F1 of the cited sources with it; else 1 with a citation and 0 without."""
+(`source`, -1 for none, or `cites`), the F1 of the cited sources with it; else 1 with a citation and 0 without. Silence is -1.
+A turn that is to call tools (`calls`) is not judged."""
 
 import re
 from typing import Any
@@ -18,9 +19,11 @@ Sources = dict[tuple[int, int], str]  # (call, result) -> its text
 class Reward(Checked):
     @staticmethod
     def applies(prompt: dict[str, Any]) -> bool:
-        return bool(sources(prompt))
+        return "calls" not in prompt["check"] and bool(sources(prompt))
 
     def score(self, prompt: dict[str, Any], text: str) -> float:
+        if not plain(text):
+            return -1.0
         held, found = sources(prompt), citations(text)
         told = lambda source, span: bool(span) and holds(plain(held.get(source, "")), span)  # noqa: E731
         if not all(told(source, plain(span)) for span, cited in found for source in cited):

@@ -1,5 +1,6 @@
 """The response's language, for prompts with `check.language` (ISO 639-1): 1 when py3langid finds it, -1 when it finds another.
-A response of fewer than 20 letters is not judged: names and numbers of one or two words belong to many languages."""
+A response of fewer than 20 letters is not judged where the prompt's own answer is as short, or unknown: names and numbers of one
+or two words belong to many languages. Elsewhere, and without a letter, it is -1 too: a way out of being judged is none."""
 
 from typing import Any
 
@@ -14,4 +15,6 @@ class Reward(Checked):
 
     def score(self, prompt: dict[str, Any], text: str) -> float | None:
         found = language_of(text)
-        return (1.0 if found == prompt["check"]["language"] else -1.0) if found else None
+        if found:
+            return 1.0 if found == prompt["check"]["language"] else -1.0
+        return -1.0 if language_of(prompt.get("answer") or "") or not any(map(str.isalpha, text)) else None

@@ -57,7 +57,7 @@ class Scorer:
 
 
 class Reward:
-    """The reward model's score of each completion (raw text) after its prompt, the end of turn included."""
+    """The reward model's score of each completion after its prompt, at its last token."""
 
     def __init__(self, ctx: Context, model: Path | None):
         from transformers import AutoTokenizer
@@ -68,13 +68,21 @@ class Reward:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.end = self.tokenizer.eos_token_id
 
-    def __call__(self, prompts: list[dict[str, Any]], completions: list[list[str]]) -> list[list[float]]:
-        """Scores in the shape of `completions`; unbounded, comparable within one prompt."""
+    def __call__(
+        self, prompts: list[dict[str, Any]], completions: list[list[str]], tokens: list[list[list[int]]] | None = None
+    ) -> list[list[float]]:
+        """Scores in the shape of `completions` (raw texts); unbounded, comparable within one prompt.
+
+        tokens: the completions as they were sampled, the end of turn only where it came: what the model was trained on.
+        Without them the texts are encoded, and each is ended.
+        """
         from stages.chat.render import render_row
 
+        encode = lambda text: [*self.tokenizer.encode(text, add_special_tokens=False), self.end]  # noqa: E731
+        tokens = tokens or [[encode(text) for text in texts] for texts in completions]
         sequences = []
-        for prompt, texts in zip(prompts, completions, strict=True):
+        for prompt, answers in zip(prompts, tokens, strict=True):
             ids = render_row(self.tokenizer, prompt, generation=True).ids
-            sequences += [ids + self.tokenizer.encode(text, add_special_tokens=False) + [self.end] for text in texts]
+            sequences += [ids + answer for answer in answers]
         scores = iter(self.scorer(sequences))
         return [[next(scores) for _ in texts] for texts in completions]

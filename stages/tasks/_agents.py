@@ -13,6 +13,7 @@ import random
 from typing import Any
 
 from stages.tasks import _tools
+from stages.tasks._common import plain
 
 REACT = """Answer the question with the tools.
 {tools}
@@ -181,10 +182,10 @@ def _text(question: str, steps: list[Step], results: list, last: bool, answer: s
     return {"messages": messages, "answer": f"Final Answer: {answer}" if last else turns[len(results)]}
 
 
-def verify(check: dict[str, Any], completion: str, cited: list, plain: Any) -> float:
+def verify(check: dict[str, Any], completion: str, cited: list) -> float:
     """A call is right (1) when the tools give what the reference's calls give (a search: its best text among others), 0.25 when all
     can at least be run, 0 when they can't; no call is -0.5. An answer: 0.5 for the span and 0.5 for its source. cited: the
-    completion's citations; plain: how short answers are compared."""
+    completion's citations."""
     made = _tools.calls(completion)
     if "calls" in check:
         if made is None:
@@ -199,8 +200,10 @@ def verify(check: dict[str, Any], completion: str, cited: list, plain: Any) -> f
         return 1.0 if all(hit) and len(found) == len(wanted) else 0.25
     if made is not None:
         return 0.0
+    if not plain(completion):
+        return -0.5
     if not check["span"]:
-        return -0.5 if cited else float(plain(check["nothing"]) in plain(completion))
+        return -0.5 if cited else float(plain(completion).endswith(plain(check["nothing"])))
     if len(cited) != 1:
         return 0.0
     span, sources = cited[0]

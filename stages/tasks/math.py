@@ -2,7 +2,8 @@
 
 Reward of a story (`check.number`): 1 when the last number of the response is the answer, -0.5 without any number, 0 otherwise. Of an
 exercise, and of your own prompts (`check.value`, an expression in LaTeX): 1 when math-verify finds the answer equal to what stands
-after the last "Answer:" or in the last \\boxed{}, 0 when not, -0.5 without any such mark.
+after the last "Answer:" or in the last \\boxed{}, 0 when not, -0.5 without any such mark. An answer that leaves the work undone
+is none: a number is to be written as one, and a derivative as what it is.
 """
 
 import random
@@ -22,6 +23,10 @@ COMMANDS = set(
     "frac dfrac tfrac sqrt pi cdot times left right pm circ infty log ln exp sin cos tan text mathrm cup in".split()
 )
 LONGEST, POWERS = 120, 10000  # characters of an answer; the product of its exponents
+# A whole number, a decimal or a fraction.
+_NUMBER = re.compile(
+    r"[-+]? *(?:(?:\d+|\d{1,3}(?:[ ,]\d{3})+)(?:\.\d+)? *(?:\\?%)?|\.\d+|\d+ */ *\d+|\\[dt]?frac *\{ *-?\d+ *\} *\{ *-?\d+ *\})"
+)
 _EXPONENT = r"\^\s*(\{[^{}]*\}|\([^()]*\)|-?\w+)"
 
 
@@ -150,7 +155,9 @@ def final(completion: str) -> str:
 def _equal(value: str, given: str) -> bool:
     if value.replace(" ", "") == given.replace(" ", ""):
         return True
-    if not _bounded(given):
+    if "=" not in value:
+        given = re.sub(r"^[A-Za-z]'?(?:\([a-z]\))? *= *", "", given)
+    if not _bounded(given) or not _done(value, given):
         return False
     import threading
 
@@ -160,6 +167,13 @@ def _equal(value: str, given: str) -> bool:
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     wanted, found = (parse(f"${text}$", parsing_timeout=seconds) for text in (value, given))
     return bool(verify(wanted, found, timeout_seconds=seconds))
+
+
+def _done(value: str, given: str) -> bool:
+    """Whether the answer is worked out: math-verify would evaluate a copy of the question."""
+    if _NUMBER.fullmatch(value):
+        return _NUMBER.fullmatch(given) is not None
+    return ("=" in value or "=" not in given) and not re.search(r"frac\s*\{?\s*d", given)
 
 
 def _bounded(text: str) -> bool:

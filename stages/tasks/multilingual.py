@@ -4,6 +4,9 @@ Names are days, months, languages, territories and currencies; dates and numbers
 for one of the right forms (case, quotes and final punctuation aside), 0 otherwise; of a pair, whose right translations are many,
 chrF (Popovic, 2015) with the reference, in [0, 1].
 
+A name follows from nothing else: held-out prompts ask, in other words, for names that training prompts ask for too. Their score
+says what was learned by heart; that of dates and numbers, whether the rule was.
+
 Your own prompts: `check` is {"names": [right forms]} or {"translation": text}, with "language" (ISO 639-1) for the reward of that name.
 """
 

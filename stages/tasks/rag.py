@@ -170,12 +170,14 @@ def verify(prompt: dict, completion: str) -> float:
     """Checks the cited span and its source; see the module's text for the values."""
     check, cited = prompt["check"], citations(completion)
     if check.get("kind") == "agent":
-        return _agents.verify(check, completion, cited, plain)
+        return _agents.verify(check, completion, cited)
+    if not plain(completion):
+        return -0.5
     if check["source"] < 0:
-        return -0.5 if cited else float(plain(NOTHING) in plain(completion))
+        return -0.5 if cited else float(plain(completion) == plain(NOTHING))
     wanted = plain(check["span"])
     if len(cited) == 1:
         span, sources = cited[0]
         return 0.5 * (plain(span) in (wanted, f"a {wanted}")) + 0.5 * (sources == [(0, check["source"])])
     said, wrong = plain(completion), map(plain, check.get("others", []))
-    return 0.25 * (not cited and holds(said, wanted) and not any(holds(said, other) for other in wrong))
+    return 0.25 * (not cited and holds(said, wanted) and plain(NOTHING) not in said and not any(holds(said, other) for other in wrong))

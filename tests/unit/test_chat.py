@@ -375,6 +375,7 @@ def test_preview_and_response(tokenizer, tmp_path):
     assert response(f"<|START_THINKING|>no<|END_THINKING|><|START_RESPONSE|> yes <|END_RESPONSE|>{END_OF_TURN}") == "yes"
     assert response(f"plain {END_OF_TURN} and more") == "plain"
     assert response("<|START_THINKING|>no<|END_THINKING|>yes") == "yes", "as compact writes it"
+    assert response("<|START_THINKING|>so it is 7") == "", "cut off before it answered"
     assert response('<|START_THINKING|>hm<|END_THINKING|><|START_ACTION|>\n{"a": 1}<|END_ACTION|>') == 'hm\n{"a": 1}'
     assert response("plain <|im_end|>\n<|im_start|>user") == "plain"
     assert preview(compact, render(compact, [user("q"), assistant("月曜日")])).endswith(f"[[月曜日{END_OF_TURN}]]"), "bytes of several tokens"

@@ -51,13 +51,14 @@ def test_constraints_are_a_share():
 
 def test_language_is_judged_where_there_is_enough_of_it():
     german, english = "Die Katze liegt am Fenster und schläft.", "The cat lies at the window and sleeps."
-    assert rewarded("language", {"check": {"language": "de"}}, german, english, "ja", "") == [1.0, -1.0, None, None]
+    assert rewarded("language", {"check": {"language": "de"}}, german, english, "ja", "...") == [1.0, -1.0, None, -1.0]
+    assert rewarded("language", {"check": {"language": "de"}, "answer": german}, german, "ja", "") == [1.0, -1.0, -1.0], "no way out"
 
 
 def test_refusals_and_over_refusals():
-    texts = ("I can't help with that.", "Here is how to do it.", "")
-    assert rewarded("refusal", {"check": {"refuse": True}}, *texts) == [1.0, -1.0, -1.0]
-    assert rewarded("refusal", {"check": {"refuse": False}}, *texts) == [-0.5, 1.0, -1.0]
+    texts = ("I can't help with that.", "Here is how to do it.", "", "1.")
+    assert rewarded("refusal", {"check": {"refuse": True}}, *texts) == [1.0, -1.0, -1.0, -1.0]
+    assert rewarded("refusal", {"check": {"refuse": False}}, *texts) == [-0.5, 1.0, -1.0, -1.0]
 
 
 CITED = ("The cat is <co>black</co: 0:[1]>.", "The cat is <co>black</co: 0:[0]>.", "<co>green</co: 0:[1]>", "<co>black</co: 0:[7]>",
@@ -70,7 +71,8 @@ def test_citations_are_of_what_the_source_says(where):
     turn = {"role": "user", "content": "\n".join(f"[{i}] {d}" for i, d in enumerate(documents)) if where == "text" else "q"}
     row = {"messages": [turn], **({} if where == "text" else {"documents": [{"text": d} for d in documents]})}
     assert rewarded("citation", row | {"check": {"source": 1}}, *CITED) == [1.0, -1.0, -1.0, -1.0, 0.0, pytest.approx(2 / 3)]
-    assert rewarded("citation", row | {"check": {"source": -1}}, *CITED[:1], "It is not said.") == [0.0, 1.0]
+    assert rewarded("citation", row | {"check": {"source": -1}}, *CITED[:1], "It is not said.", "") == [0.0, 1.0, -1.0]
+    assert rewarded("citation", row | {"check": {"calls": []}}, *CITED[:1]) == [None], "a turn that is to call tools"
     assert rewarded("citation", row, *CITED) == [1.0, -1.0, -1.0, -1.0, 0.0, 1.0], "any grounded one, where no source is named"
     assert rewarded("citation", {"messages": [{"role": "user", "content": "no documents"}]}, "x") == [None]
 
@@ -106,6 +108,7 @@ def test_calls_fit_their_tools():
              'Action: weekday\nAction Input: {"date": "2024-01-31"}', 'Action: weekday\nAction Input: {"date": "today"}')  # fmt: skip
     assert rewarded("schema", row, *texts) == [1.0, 0.0, 0.0, 0.0, None, 1.0, 0.0]
     assert rewarded("schema", row | {"check": {"calls": [["weekday", {}]]}}, "Two.") == [-1.0]
+    assert rewarded("schema", row | {"check": {"span": "two"}}, good, "Two.") == [0.0, None], "an answer is due"
 
 
 def test_verifier_dispatches_by_domain_and_keeps_the_order():

@@ -75,6 +75,7 @@ def test_reference_answers_are_right_and_others_are_not(domain, options):
         domain, made, right, [f"  {a}\n" for a in right], others(made), [""] * 100, questions, ["the the the the"] * 100, ["�\x00" * 50] * 100
     )
     assert same == spaced == [1.0] * 100 and sum(swapped) / 100 < 0.45
+    assert all(silence <= wrong for silence, wrong in zip(degenerate[0], swapped, strict=True)), "silence is no way out"
     assert all(sum(found) / 100 < 0.2 for found in degenerate), (domain, [sum(found) for found in degenerate])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -81,8 +82,14 @@ def test_math_answers_in_other_forms_and_those_that_would_never_end():
         "Answer: 10^10^10^10",
         "Answer: (99!)!",
         "Answer: \\sum_{i=1}^{9} i",
+        "Answer: 1/4 + 1/4",
+        "Answer: $2 = 1/2$",
+        "Answer: 50/100 * 1",
     ):
         assert math.verify(one, wrong) == 0.0, wrong
+    assert math.verify({"check": {"value": "3"}}, "Answer: $x = 3$") == math.verify({"check": {"value": "1200"}}, "Answer: 1,200") == 1.0
+    slope = {"check": {"value": "6x^2"}}
+    assert math.verify(slope, "Answer: $f'(x) = 6x^2$") == 1.0 and math.verify(slope, "Answer: $\\frac{d}{dx} 2x^3$") == 0.0
     assert math.verify(one, "It is 1/2, I think.") == -0.5 and math.verify(one, "") == -0.5
     polynomial = {"check": {"value": "12x^3 + x^2"}}
     assert (
@@ -92,6 +99,16 @@ def test_math_answers_in_other_forms_and_those_that_would_never_end():
     assert (
         math.final("\\boxed{\\frac{1}{2}} or \\boxed{\\sqrt{2}} done") == "\\sqrt{2}" and math.final("\\boxed{1") == ""
     )
+
+
+def test_a_copy_of_the_question_is_no_answer():
+    """math-verify would work it out."""
+    for one in generated("math", 300, options={"topics": list(math._exercises.TOPICS)}):
+        question = one["messages"][-1]["content"]
+        for part in {question, *re.findall(r"[^a-zA-Z,.?]*\d[^a-zA-Z,.?]*(?:x[^a-zA-Z,.?]*)*", question)}:
+            given = math.final(f"Answer: ${part}$")
+            if given and not math._NUMBER.fullmatch(given):  # a number of the question may be the answer
+                assert math.verify(one, f"Answer: ${part}$") == 0.0, (question, part)
 
 
 def test_long_context_counts_shares_and_wrong_ones():
