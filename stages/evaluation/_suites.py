@@ -70,7 +70,7 @@ def answer(
         for row, (one, *_), (reward, *others) in zip(rows, made, rewards, strict=True):
             samples.append({
                 **row, "text": one.text, "completion": response(one.text), "reward": reward, "score": max(reward, 0.0),
-                "length": row.get("length"), "tokens": len(one.ids), "ended": stop in one.ids,
+                "length": row.get("length"), "tokens": len(one.ids), "ended": stop in one.ids, "ids": one.ids,
                 **({"reward_sampled": sum(others) / len(others)} if others else {}),
             })  # fmt: skip
         mean = sum(sample["score"] for sample in samples[-len(rows) :]) / len(rows)
@@ -81,7 +81,8 @@ def answer(
 def judge(samples: list[dict[str, Any]], reward: Artifact, ctx: Context) -> None:
     """Add the reward model's score of each completion, the basis of win rates."""
     score_of = resolve("rewards", "reward_model").Reward(ctx, reward.path)
-    for sample, (score,) in zip(samples, score_of(samples, [[sample["text"]] for sample in samples]), strict=True):
+    found = score_of(samples, [[sample["text"]] for sample in samples], [[sample["ids"]] for sample in samples])
+    for sample, (score,) in zip(samples, found, strict=True):
         sample["reward_model"] = score
 
 

@@ -15,7 +15,7 @@ from stages.evaluation._suites import Suite, answer, held_out, judge
 from stages.merge.checkpoint import copy_model
 from stages.stage import Artifact, ConfigError, Context, Estimate, Input, Kind, option
 
-VERSION = "3"
+VERSION = "4"
 INPUTS = {
     "start": Input(Kind.CHECKPOINT),
     "models": Input(Kind.CHECKPOINT, many=True),

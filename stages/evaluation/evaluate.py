@@ -9,7 +9,7 @@ from stages.chat.messages import said
 from stages.evaluation._suites import Suite, answer, by, contamination, held_out, judge
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, identity, option
 
-VERSION = "4"
+VERSION = "5"
 INPUTS = {
     "model": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -90,7 +90,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
             *before, last = row["messages"]
             turns = [f"[{message['role']}] {said(message)}" for message in before] + [said(last)]
             row["prompt"] = _shorten("\n".join(turns))
-            kept = {k: v for k, v in row.items() if k not in ("messages", "check", "text") and v is not None}
+            kept = {k: v for k, v in row.items() if k not in ("messages", "check", "text", "ids") and v is not None}
             file.write(json.dumps(kept, sort_keys=True, ensure_ascii=False) + "\n")
     return metrics(scores)
 

@@ -187,8 +187,10 @@ class Sampler:
         weights = config.reward_weights()
         parts = {}
         for name, reward in self.rewards.items():
-            by_tokens = hasattr(reward, "of_tokens")
-            parts[name] = reward.of_tokens(tokens, config.max_new_tokens) if by_tokens else reward(prompts, texts)
+            if hasattr(reward, "of_tokens"):
+                parts[name] = reward.of_tokens(tokens, config.max_new_tokens)
+            else:
+                parts[name] = reward(prompts, texts, tokens) if name == "reward_model" else reward(prompts, texts)
         rows = []
         for i, prompt in enumerate(prompts):
             own = {name: [None if v is None else float(v) for v in values[i]] for name, values in parts.items()}

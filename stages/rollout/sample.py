@@ -16,7 +16,7 @@ from stages.rollout._collect import (
 )
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 
-VERSION = "5"
+VERSION = "6"
 INPUTS = {
     "policy": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),

@@ -148,7 +148,10 @@ class Grouper:
         return groups
 
     def _single(self, prompt, completions, row) -> list[Group]:
-        sequence = make_sequence(prompt, completions[int(np.argmax(row["rewards"]))])
+        ended = [i for i, ids in enumerate(completions) if ids[-1:] == [self.tokenizer.eos_token_id]]
+        if not ended:  # what was cut off would teach not to stop
+            return []
+        sequence = make_sequence(prompt, completions[max(ended, key=lambda i: (row["rewards"][i], -i))])
         return [[Sequence(sequence.tokens, sequence.mask)]]
 
     def _completions(self, prompt, completions, row) -> list[Group]:

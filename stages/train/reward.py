@@ -19,7 +19,7 @@ from stages.trainer.config import TrainConfig
 if TYPE_CHECKING:
     from stages.trainer.batch import Group
 
-VERSION = "3"
+VERSION = "4"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT, optional=True),
     "start": Input(Kind.REWARD_MODEL, optional=True),
@@ -95,7 +95,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     init: Path = (inputs.get("init") or inputs["start"]).path
     rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
     if config.elo:
-        rows = list(map(_by_elo, rows))
+        rows = [row for row in map(_by_elo, rows) if row]
     kept, held_out = split(rows, config.heldout)
     make = Pairs(config, init)
     prompts = [groups for groups in map(make, kept) if groups]
@@ -121,7 +121,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
 def cut(config: Config, prompts: int) -> Config:
     """The configuration with `steps`, and all that is counted in steps, cut to `max_epochs` over the prompts."""
-    steps = min(config.steps, -(-config.max_epochs * prompts // config.batch_groups))
+    steps = min(config.steps, max(1, config.max_epochs * prompts // config.batch_groups))
     warmup = min(config.warmup_steps, steps - 1)
     return replace(
         config, steps=steps, warmup_steps=warmup, precision_phases=_first(config.precision_phases, steps),
@@ -130,10 +130,12 @@ def cut(config: Config, prompts: int) -> Config:
     )  # fmt: skip
 
 
-def _by_elo(row: dict[str, Any]) -> dict[str, Any]:
+def _by_elo(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row with Elo for rewards, by the raters that judge all of its completions; None without any."""
     from stages.train._judge import elo
 
-    return row | {"rewards": elo(list(row["parts"].values()))} if row["rewards"] else row
+    raters = [part for part in row["parts"].values() if part and None not in part]
+    return row | {"rewards": elo(raters)} if raters else None
 
 
 class Pairs:
@@ -259,7 +261,8 @@ def judge(pairs: list, probe: Artifact | None, model: Path, ctx: Context) -> dic
     found = quality([domain for domain, _ in pairs], margins)
     if probe:
         rows = read_jsonl(probe.path / "samples.jsonl")
-        proxy = Reward(ctx, model)(rows, [row["completions"] for row in rows])
+        tokens = [row["tokens"] for row in rows] if all(row.get("tokens") for row in rows) else None
+        proxy = Reward(ctx, model)(rows, [row["completions"] for row in rows], tokens)
         found["optimised"] = optimised(proxy, [row["rewards"] for row in rows])
         for one in found["optimised"]:
             ctx.log(f"best of {one['n']}: KL {one['kl']:.2f} nats, proxy {one['proxy']:+.2f}, gold {one['gold']:.3f}")

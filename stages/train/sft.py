@@ -13,7 +13,7 @@ from stages.rollout._collect import check_mix, load_prompts, read_jsonl, schedul
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.trainer.config import TrainConfig
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True, optional=True),

@@ -120,6 +120,8 @@ def test_experts_differ_by_their_options():
 def test_rounds_of_polishing_follow_each_other():
     nodes = graph("recipe.polish_rounds=3").nodes
     parents = {name: sorted(p.name for p in node.parents) for name, node in nodes.items()}
+    seeds = [n.config.seed for name, n in nodes.items() if name.startswith(("best-of-n-samples", "preference-pairs"))]
+    assert len(seeds) == len(set(seeds)) == 6, "no draw is another's again"
     assert "polished-1" in parents["best-of-n-2"] and "polished-2" in parents["best-of-n-samples-3"]
     assert "online-3" in parents["polished"] and parents["export"] == ["polished"]
     without = graph("recipe.polish_rounds=0").nodes

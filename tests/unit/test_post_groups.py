@@ -65,6 +65,18 @@ def test_tokens_are_trained_on_as_sampled(tokenizer):
     assert [text(tokenizer, s)[1] for s in group] == ROW["completions"]
 
 
+def test_the_best_of_n_is_one_that_ended(tokenizer):
+    """What was cut off would teach not to stop."""
+    ended = [[*tokenizer.encode(c), tokenizer.eos_token_id] for c in ROW["completions"]]
+    best = max(range(len(ended)), key=lambda i: ROW["rewards"][i])
+    single = Grouper(tokenizer, "single", 512)
+    assert [text(tokenizer, s)[1] for (s,) in single({**ROW, "tokens": ended})] == [ROW["completions"][best] + END_OF_TURN]
+    cut = [ids[:-1] if i == best else ids for i, ids in enumerate(ended)]
+    ((other,),) = single({**ROW, "tokens": cut})
+    assert text(tokenizer, other)[1] != ROW["completions"][best] + END_OF_TURN and other.tokens[-1] == tokenizer.eos_token_id
+    assert single({**ROW, "tokens": [ids[:-1] for ids in ended]}) == []
+
+
 def test_pairs_are_the_widest_gaps(tokenizer):
     (pair,) = Grouper(tokenizer, "pair", 512)(ROW)
     assert [text(tokenizer, s)[1] for s in pair] == ["4" + END_OF_TURN, "5" + END_OF_TURN]

@@ -85,7 +85,7 @@ def test_sample_writes_rewarded_completions(speaker, prompts, tmp_path):
 def test_reward_model_learns_the_preference_and_rewards_by_it(speaker, pairs, prompts, tmp_path):
     values = {**COMMON, "steps": 60, "batch_groups": 4, "lr": 0.01, "pairs_per_prompt": 3, "heldout": 0.2}
     metrics = run("train.reward", values, tmp_path / "reward", init=speaker, pairs=pairs)
-    assert metrics["steps"] == 13, "one epoch over 50 prompts"
+    assert metrics["steps"] == 12, "one epoch over 50 prompts"
     assert metrics["heldout_accuracy"] > 0.9 and metrics["heldout_pairs"] == 42
     reward = artifact(tmp_path / "reward", Kind.REWARD_MODEL)
     values = {"prompts": 8, "completions": 2, "max_new_tokens": 6, "rewards": {"reward_model": 1.0}}

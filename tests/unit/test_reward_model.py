@@ -12,7 +12,10 @@ import torch
 from post_helpers import artifact, context, save_checkpoint
 from tiny import jsonl
 
+from stages.rewards.reward_model import Reward, Scorer
+from stages.rollout._collect import answer_ids
 from stages.stage import ConfigError, Kind, load, parse
+from stages.train._groups import Grouper
 from stages.train._judge import elo, optimised, quality
 from stages.train.reward import Pairs, cut, relabelled, split, strength
 
@@ -25,8 +28,8 @@ def test_a_label_is_that_of_the_strength_of_the_preference():
 
 def test_steps_end_with_the_epochs_over_the_prompts():
     epochs = [cut(config(steps=100, batch_groups=4, max_epochs=n), 50) for n in (1, 2, 9)]
-    assert [one.steps for one in epochs] == [13, 25, 100]
-    assert cut(config(steps=100, batch_groups=4, warmup_steps=40), 50).warmup_steps == 12
+    assert [one.steps for one in epochs] == [12, 25, 100]
+    assert cut(config(steps=100, batch_groups=4, warmup_steps=40), 50).warmup_steps == 11
 
 
 def test_every_reward_model_holds_out_the_same_prompts():
@@ -172,6 +175,18 @@ def test_two_stages_with_an_ensemble_and_a_probe(start, tmp_path):
     assert metrics["heldout_pairs"] == judged["pairs"] and 0 <= metrics["heldout_ece"] <= 0.5
     assert judged["optimised"][-1]["gold"] > judged["optimised"][0]["gold"] + 0.5
     assert metrics["best_of_4/gold"] == judged["optimised"][-1]["gold"]
+    scores_what_it_was_trained_on(final.path, context(tmp_path / "scratch"))
+
+
+def scores_what_it_was_trained_on(model: Path, ctx) -> None:
+    """The sampled tokens, the end of turn only where it came."""
+    row, reward = rows(1, 9)[0], Reward(ctx, model)
+    ended = [answer_ids(reward.tokenizer, row, text) for text in row["completions"]]
+    cut = [ids[:-1] for ids in ended]
+    trained = [s.tokens.tolist() for (s, *_) in Grouper(reward.tokenizer, "completions", 128)(row | {"tokens": cut})[:1]]
+    assert reward([row], [row["completions"]]) == reward([row], [row["completions"]], [ended])
+    assert reward([row], [row["completions"]], [cut])[0][0] == pytest.approx(Scorer(model, ctx)(trained)[0], abs=1e-5)
+    assert reward([row], [row["completions"]], [cut])[0] != pytest.approx(reward([row], [row["completions"]])[0], abs=1e-3)
 
 
 def test_a_ranker_learns_margins_from_elo(start, tmp_path):
@@ -184,13 +199,14 @@ def test_a_ranker_learns_margins_from_elo(start, tmp_path):
             "a": row["rewards"],
             "b": [r + n for r, n in zip(row["rewards"], noisy, strict=True)],
             "c": [0.0] * 4,
+            "unjudged": [None, 1.0, 0.0, None],
         }
         row["rewards"] = [0.0] * 4
-    jsonl(tmp_path / "samples.jsonl", found)
     values = config(
         elo=True, margin=0.002, steps=60, batch_groups=4, lr=0.01, schedule="constant", heldout=0.2, pairs_per_prompt=3,
         log_every=1000,
     )  # fmt: skip
+    jsonl(tmp_path / "samples.jsonl", found)
     (tmp_path / "ranker").mkdir()
     inputs = {"init": start, "pairs": artifact(tmp_path, Kind.PAIRS)}
     metrics = load("train.reward").run(values, inputs, tmp_path / "ranker", context(tmp_path / "scratch"))
