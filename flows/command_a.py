@@ -122,10 +122,10 @@ def polish(step, conf, number, name, start, prompts, reward):
     """One round. Whichever of its models the judge prefers to the round's start goes on, and the start where none is
     preferred: so every round is known before anything runs, and none can make the model worse by its judge."""
     at = "" if number == 1 else f"-{number}"
-    drawn = step(f"best-of-n-samples{at}", "rollout.sample", seeded(conf.best_of_n.samples, number - 1),
+    drawn = step(f"best-of-n-samples{at}", "rollout.sample", seeded(conf.best_of_n.samples, 2 * number - 2),
                  policy=start, prompts=prompts, reward=reward)
     best_of_n = step(f"best-of-n{at}", "train.sft", conf.best_of_n.sft, init=start, pairs=drawn)
-    pairs = step(f"preference-pairs{at}", "rollout.sample", seeded(conf.preference.samples, number),
+    pairs = step(f"preference-pairs{at}", "rollout.sample", seeded(conf.preference.samples, 2 * number - 1),
                  policy=best_of_n, prompts=prompts, reward=reward)
     preference = step(f"preference{at}", "train.preference", conf.preference.train, init=best_of_n, pairs=pairs)
     online = step(f"online{at}", "train.rl", seeded(conf.online, number - 1),

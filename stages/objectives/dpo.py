@@ -3,7 +3,8 @@
 With h(y) = log pi(y|x)/pi_ref(y|x) (token sums) and D = h_w - h_l:    l = -log s(beta D)
 
 Label smoothing e (Mitchell's conservative DPO):    l = -(1 - e) log s(beta D) - e log s(-beta D)
-DPO + NLL on the preferred completion (Llama 3, arXiv 2407.21783, section 4.1.4: 0.2) is the stage's `sft_weight`.
+DPO + NLL on the preferred completion (Llama 3, arXiv 2407.21783, section 4.1.4: 0.2) is the stage's `sft_weight`: the mean
+over pairs of each one's mean over its tokens (Pang et al.), where TRL takes the mean over all tokens of the batch.
 A group is a pair; field `chosen` is 1 for the preferred completion, 0 for the other.
 """
 
