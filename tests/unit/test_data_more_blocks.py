@@ -206,8 +206,8 @@ def test_code_is_run_and_its_output_shown():
     source = ('"""Sums."""\nimport math\n\ndef double(n: int) -> int:\n    return 2 * n\n\ndef shout(text):\n    return text.upper()\n\n'
               "def unknown(thing):\n    return thing\n\ndef fails(n):\n    return n / 0\n")
     document, needs = Document("s/tool.py", source, "code"), Document("s/b.py", "import numpy\n" + source, "code")
-    other = Document("s/c.js", source, "code")
-    assert select("execute", [document, needs, other]) == ["", "", ""]
+    other, deep = Document("s/c.js", source, "code"), Document("s/d.py", f"def f(n: {'+'.join('1' * 400)}):\n    return n\n", "code")
+    assert select("execute", [document, needs, other, deep]) == [""] * 4
     assert document.text.startswith(source.rstrip()) and other.text == source and needs.text == "import numpy\n" + source
     shown = [line[2:] for line in document.text[len(source):].splitlines() if line.startswith("# ")]
     calls = [(call[4:], value) for call, value in zip(shown[::2], shown[1::2], strict=True)]

@@ -79,7 +79,10 @@ def _arguments(node: ast.FunctionDef) -> list[str]:
     needed = arguments[: len(arguments) - len(node.args.defaults)]
     if node.args.kwonlyargs or node.args.vararg and not needed:
         return []
-    kinds = [ast.unparse(one.annotation) if one.annotation else NAMES.get(one.arg, "") for one in needed]
+    try:
+        kinds = [ast.unparse(one.annotation) if one.annotation else NAMES.get(one.arg, "") for one in needed]
+    except RecursionError:  # Python parses deeper than it unparses
+        return []
     return kinds if all(_known(kind) for kind in kinds) else []
 
 
