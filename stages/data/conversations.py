@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.chat.messages import Refused, conversation
+from stages.chat.render import MaskError, preview, render_row
+from stages.data.formats import parquet
+from stages.data.source import writable
+from stages.data.sources import _files, _s3
+from stages.data.sources._files import COMPRESSED, unreadable
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, placement
 
 VERSION = "2"
@@ -86,9 +92,6 @@ class Report:
 
     def take(self, tokenizer: Any, name: str, number: int, record: Any) -> dict[str, Any]:
         """The row of train.jsonl, or that of rejected.jsonl, for one record."""
-        from stages.chat.messages import Refused, conversation
-        from stages.chat.render import MaskError, render_row
-
         try:
             if isinstance(record, Refused):
                 raise record
@@ -106,7 +109,7 @@ class Report:
             except CuveeError as error:
                 raise Refused("the chat template refuses it", str(error)) from None
         except Refused as refused:
-            told = {"file": name, "line": number, "reason": refused.reason, "found": _writable(refused.found[:EXCERPT])}
+            told = {"file": name, "line": number, "reason": refused.reason, "found": writable(refused.found[:EXCERPT])}
             self.reasons[refused.reason] += 1
             examples = self.first.setdefault(refused.reason, [])
             if len(examples) < EXAMPLES:
@@ -133,8 +136,6 @@ class Report:
 
 def previews(tokenizer: Any, sources: list[str], turns: str) -> Iterator[str]:
     """Line by line what would be trained on, its text in [[ ]], or why the line is refused."""
-    from stages.chat.render import preview, render_row
-
     report = Report()
     for entry in _entries(Config(sources=sources)):
         for number, record in _records(entry):
@@ -157,8 +158,6 @@ def advice(conversations: int) -> dict[str, Any]:
 
 def _entries(config: Config) -> list[Any]:
     """Files of all sources in order, two of one name told apart by a number."""
-    from stages.data.sources import _files, _s3
-
     found: list[Any] = []
     for source in config.sources:
         far = source.startswith("s3://")
@@ -180,9 +179,6 @@ def _entries(config: Config) -> list[Any]:
 
 def _records(entry: Any) -> Iterator[tuple[int, Any]]:
     """(line or row from 1, record); a Refused in the place of what can't be read."""
-    from stages.chat.messages import Refused
-    from stages.data.sources._files import COMPRESSED, unreadable
-
     if entry.kind == ".parquet":
         yield from _rows(entry)
         return
@@ -205,8 +201,6 @@ def _records(entry: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _parsed(line: bytes) -> Any:
-    from stages.chat.messages import Refused
-
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -215,20 +209,13 @@ def _parsed(line: bytes) -> Any:
 
 def _rows(entry: Any) -> Iterator[tuple[int, Any]]:
     import pyarrow
-    import pyarrow.parquet
-
-    from stages.chat.messages import Refused
 
     number = 0
     try:
         with entry.seekable() as file:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except pyarrow.ArrowException as error:
+            for number, record in enumerate(parquet.rows(file), 1):
+                yield number, Refused("text that is not UTF-8") if record is None else record
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk, not the file
+            raise unreadable(entry.path, error) from error
         yield number + 1, Refused("damaged Parquet file", str(error).splitlines()[0])
-
-
-def _writable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()

@@ -133,10 +133,16 @@ def test_parquet_folders_compression_and_identity(tmp_path, words):
     parquet.write_table(table, folder / "b.parquet")
     (folder / "c.parquet").write_bytes(b"PAR1 no")
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(line(GOOD[1]) + b"\n" + b"x" * 1000)[:-12])
+    parquet.write_table(pa.table({"prompt": pa.array([b"\xff"]).view(pa.string()), "completion": ["a"]}), folder / "e.parquet")
+    parquet.write_table(pa.table({"prompt": ["damaged " * 999]}), folder / "f.parquet", use_dictionary=False)
+    data = (folder / "f.parquet").read_bytes()
+    (folder / "f.parquet").write_bytes(data[:40] + b"\xff" * 60 + data[100:])
     rows, rejected, _, _ = conversations([folder], tmp_path / "out", words)
     assert [row["id"] for row in rows] == ["a.jsonl.gz:1", "b.parquet:1", "b.parquet:2", "d.jsonl.gz:1"]
     assert rows[1]["messages"][1]["tool_calls"] == [call("f", {"x": 1})] and "tools" not in rows[2]
-    assert {(r["file"], r["reason"]) for r in rejected} == {("c.parquet", "damaged Parquet file"), ("d.jsonl.gz", "damaged compressed file")}
+    assert [(r["file"], r["reason"]) for r in rejected] == [
+        ("c.parquet", "damaged Parquet file"), ("d.jsonl.gz", "damaged compressed file"), ("e.parquet", "text that is not UTF-8"),
+        ("f.parquet", "damaged Parquet file")]  # fmt: skip
     module = load("data.conversations")
 
     def identity(path):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stages.data.document import Document
+from stages.data.formats import parquet
 from stages.data.source import Source, find
 from stages.stage import ConfigError, CuveeError
 
@@ -35,11 +36,8 @@ def _rows(entry: Any) -> Iterator[Any]:
     if entry.compressed:
         raise ConfigError(f"options.classifier.labels: {entry.name} is compressed; unpack it")
     if entry.kind == ".parquet":
-        import pyarrow.parquet
-
         with entry.seekable() as file:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(256):
-                yield from batch.to_pylist()
+            yield from parquet.rows(file)
         return
     with entry.open() as file:
         for line in file:
