@@ -13,6 +13,8 @@ from typing import Any
 
 from stages.data import corpus
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, identity, option, placement
+from stages.teacher.client import Request, Teacher, client_of, teachers, totals
+from stages.teacher.judge import FIXED, POINTS
 
 VERSION = "1"
 INPUTS = {"corpus": Input(Kind.CORPUS)}
@@ -55,18 +57,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     import pyarrow
     import pyarrow.parquet
 
-    from stages.teacher.client import Client, Request, forecast, totals
-    from stages.teacher.judge import FIXED, POINTS
-
     drawn = _drawn(inputs["corpus"].path, config)
-    cache = Path(config.cache).expanduser() if config.cache else ctx.scratch / "answers"
-    client = Client(_teacher(config), cache, budget=config.budget, log=ctx.log)
     asked = [config.rubric + FORM.format(text=row["text"][: config.characters]) for row in drawn]
     requests = [Request("judge", [{"role": "user", "content": text}], options=FIXED) for text in asked]
-    told = forecast(client, requests)
-    if config.dry_run:
-        raise CuveeError(f"data.judge.dry_run: {told}; nothing was sent, set dry_run=false to send them")
-    ctx.log(told)
+    client = client_of(config, _teacher(config), requests, "data.judge", ctx)
     found = [POINTS.findall(answer.text) for answer in client.complete(requests)]
     rows = [row | {"score": float(points[-1])} for row, points in zip(drawn, found, strict=True) if points]
     if not rows:
@@ -79,9 +73,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
             **totals(client.usage)}  # fmt: skip
 
 
-def _teacher(config: Config) -> dict[str, Any]:
-    from stages.teacher.client import teachers
-
+def _teacher(config: Config) -> dict[str, Teacher]:
     if not config.teacher:
         raise ConfigError("teacher: is empty; give one, e.g. {model: own, url: http://127.0.0.1:8000/v1}")
     return teachers({"judge": config.teacher}, "data.judge.teacher")

@@ -12,6 +12,7 @@ from typing import Any
 
 from stages.chat.messages import said
 from stages.chat.render import SPECIAL, VARIABLES
+from stages.rewards._common import refuse_idle
 from stages.rollout._collect import check_mix, load_prompts, schedule
 from stages.stage import (
     Artifact,
@@ -27,6 +28,8 @@ from stages.stage import (
     resolve,
     unknown,
 )
+from stages.teacher.client import Client, Request, Teacher, client_of, teachers, totals
+from stages.teacher.judge import grade
 
 VERSION = "3"
 INPUTS = {"prompts": Input(Kind.PROMPTS, many=True), "reward": Input(Kind.REWARD_MODEL, optional=True)}
@@ -91,20 +94,13 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     """Writes train.jsonl (id, messages with the best answer, its teacher), candidates.jsonl (every answer with its teacher,
     finish and reward, a prompt a line) and usage.json. Raises CuveeError for a dry run, with its counts, and when no answer
     is good enough."""
-    from stages.teacher.client import Client, forecast, totals
-
     prompts = load_prompts(inputs["prompts"], config.mix)
     drawn = schedule({d: len(rows) for d, rows in prompts.items()}, config.mix, config.prompts, config.seed)
     rows = [prompts[domain][i] for domain, i in dict.fromkeys(drawn)]
-    cache = Path(config.cache).expanduser() if config.cache else ctx.scratch / "answers"
-    client = Client(_teachers(config), cache, budget=config.budget, log=ctx.log)
     asked = [_requests(config, row) for row in rows]
-    told = forecast(client, [request for row in asked for request in row])
-    if config.dry_run:
-        judged = " before judging" if config.judge else ""
-        raise CuveeError(f"data.synthetic.dry_run: {told}{judged}; nothing was sent, set dry_run=false to send them")
-    ctx.log(told)
-    answers = iter(client.complete([request for row in asked for request in row]))
+    requests = [request for row in asked for request in row]
+    client = client_of(config, _teachers(config), requests, "data.synthetic", ctx, " before judging" if config.judge else "")
+    answers = iter(client.complete(requests))
     candidates = [
         _candidate(row, [(request.teacher, next(answers)) for request in own])
         for row, own in zip(rows, asked, strict=True)
@@ -138,15 +134,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
             **{f"chosen/{name}": chosen[name] / len(kept) for name in client.teachers}}  # fmt: skip
 
 
-def _teachers(config: Config) -> dict[str, Any]:
-    from stages.teacher.client import teachers
-
+def _teachers(config: Config) -> dict[str, Teacher]:
     return teachers(config.teachers, "teachers")
 
 
-def _requests(config: Config, row: dict[str, Any]) -> list[Any]:
-    from stages.teacher.client import Request
-
+def _requests(config: Config, row: dict[str, Any]) -> list[Request]:
     pool = config.pools.get(row["domain"]) or [
         name for name in config.teachers if name != config.judge or len(config.teachers) == 1
     ]
@@ -168,14 +160,12 @@ def _whole(answer: dict[str, Any]) -> bool:
     return ended and not SPECIAL.search(said(answer["message"]))
 
 
-def _limits(client: Any) -> str:
+def _limits(client: Client) -> str:
     return ", ".join(f"{name}: {teacher.max_tokens}" for name, teacher in client.teachers.items())
 
 
 def _reward(config: Config, inputs: dict[str, Artifact], candidates: list[dict[str, Any]], ctx: Context) -> None:
     """Set the weighted reward of every whole answer; a reward that says nothing of a prompt is left out of the sum."""
-    from stages.rewards._common import refuse_idle
-
     weights = config.rewards or {"verifier": 1.0}
     refuse_idle(sorted(weights), candidates)
     model = inputs["reward"].path if "reward" in inputs else None
@@ -192,10 +182,8 @@ def _reward(config: Config, inputs: dict[str, Artifact], candidates: list[dict[s
                 answer["reward"] += weight * float(value or 0.0)
 
 
-def _choose(config: Config, client: Any, candidates: list[dict[str, Any]]) -> None:
+def _choose(config: Config, client: Client, candidates: list[dict[str, Any]]) -> None:
     """Set `chosen`, the place of the best answer; None where none is whole and good enough. Of equals the first is taken."""
-    from stages.teacher.judge import grade
-
     good = [
         [i for i, a in enumerate(c["answers"]) if _whole(a) and a["reward"] >= config.min_reward] for c in candidates
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.chat.messages import Refused, message, openai, said
-from stages.stage import ConfigError, CuveeError, option, parse, placement, unknown
+from stages.stage import ConfigError, Context, CuveeError, option, parse, placement, unknown
 from stages.store.record import write_atomic
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another attempt may not meet
@@ -314,12 +314,21 @@ def _longest(body: dict[str, Any]) -> int:
     return int(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
 
 
-def forecast(client: Client, requests: list[Request]) -> str:
-    """What `complete` would use at most, in words."""
-    found = totals(client.dry(requests))
-    return (f"{found['requests']:,} requests to {', '.join(client.teachers)} ({found['cached']:,} answers are kept already), about "
-            f"{found['prompt_tokens']:,} prompt tokens, at most {found['completion_tokens']:,} of answers, at most "
-            f"{found['cost']:.4g} in the prices' currency")  # fmt: skip
+def client_of(config: Any, found: dict[str, Teacher], requests: list[Request], stage: str, ctx: Context, more: str = "") -> Client:
+    """The client of a stage with the options cache, budget and dry_run; the log says what `requests` would use at most.
+
+    Raises CuveeError with that for a dry run. more: what the requests leave out.
+    """
+    cache = Path(config.cache).expanduser() if config.cache else ctx.scratch / "answers"
+    client = Client(found, cache, budget=config.budget, log=ctx.log)
+    most = totals(client.dry(requests))
+    told = (f"{most['requests']:,} requests to {', '.join(found)} ({most['cached']:,} answers are kept already), about "
+            f"{most['prompt_tokens']:,} prompt tokens, at most {most['completion_tokens']:,} of answers, at most "
+            f"{most['cost']:.4g} in the prices' currency")  # fmt: skip
+    if config.dry_run:
+        raise CuveeError(f"{stage}.dry_run: {told}{more}; nothing was sent, set dry_run=false to send them")
+    ctx.log(told)
+    return client
 
 
 def totals(usage: dict[str, Usage]) -> dict[str, float]:

@@ -5,7 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.evaluation.stats import wilson
+from stages.rollout._collect import read_jsonl
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, identity, option, placement, unknown
+from stages.teacher.client import Teacher, client_of, teachers
+from stages.teacher.judge import compare, comparisons
 
 VERSION = "2"
 INPUTS = {
@@ -45,19 +49,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     """Writes verdicts.jsonl (model, prompt, domain, win: 1, 0.5 or 0) and win_rates.json: of each model over all and by domain
     the rate with its 95 % interval, the share of verdicts that outlast the exchange of the answers, judgements that could not
     be read. Raises CuveeError for a dry run, with its counts, and where the models answered other prompts."""
-    from stages.evaluation.stats import wilson
-    from stages.teacher.client import Client, forecast
-    from stages.teacher.judge import compare, comparisons
-
     name, found = _judge(config)
-    cache = Path(config.cache).expanduser() if config.cache else ctx.scratch / "answers"
-    client = Client({name: found[name]}, cache, budget=config.budget, log=ctx.log)
     models = sorted(inputs["models"])
     pairs = {model: _pairs(config, inputs, model) for model in models}
-    told = forecast(client, [request for model in models for request in comparisons(name, *pairs[model])])
-    if config.dry_run:
-        raise CuveeError(f"teacher.compare.dry_run: {told}; nothing was sent, set dry_run=false to send them")
-    ctx.log(told)
+    requests = [request for model in models for request in comparisons(name, *pairs[model])]
+    client = client_of(config, {name: found[name]}, requests, "teacher.compare", ctx)
     table: dict[str, Any] = {}
     with open(out / "verdicts.jsonl", "w", encoding="utf-8") as file:
         for model in models:
@@ -79,9 +75,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) ->
     return rates | {f"consistent/{model}": one["consistent"] for model, one in table.items()} | {"cost": usage["cost"]}
 
 
-def _judge(config: Config) -> tuple[str, dict[str, Any]]:
-    from stages.teacher.client import teachers
-
+def _judge(config: Config) -> tuple[str, dict[str, Teacher]]:
     found = teachers(config.teachers, "teachers")
     if not found:
         raise ConfigError("teachers: is empty; give the judge, e.g. {judge: {model: m, url: http://127.0.0.1:8000/v1}}")
@@ -90,8 +84,6 @@ def _judge(config: Config) -> tuple[str, dict[str, Any]]:
 
 def _pairs(config: Config, inputs: dict[str, Any], model: str) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Prompts, the model's answers, the baseline's."""
-    from stages.rollout._collect import read_jsonl
-
     theirs, ours = (
         {row["id"]: row for row in read_jsonl(one.path / "samples.jsonl")}
         for one in (inputs["baseline"], inputs["models"][model])
