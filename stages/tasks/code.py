@@ -122,7 +122,7 @@ def _function(rng: random.Random, options: Options) -> dict:
     kind = rng.choice(options.kinds)
     if kind == "algorithm":
         return prompt(*_algorithms.question(rng, options.tests, partial(_asked, rng, options)))
-    constant = lambda: rng.randint(2, max(2, options.max_number))  # noqa: E731
+    constant = lambda: rng.randint(2, options.max_number)  # noqa: E731
     arguments = rng.sample(ARGUMENTS["number"], 2) if kind == "two_numbers" else [rng.choice(ARGUMENTS[kind])]
     if kind == "number":
         what = expression = arguments[0]
@@ -161,12 +161,12 @@ def _asked(
 def _foreign(rng: random.Random, language: str, options: Options) -> dict:
     """A function in another language: the same kinds, with what is exact in all of them."""
     own, kind = _languages.LANGUAGES[language], rng.choice([k for k in options.kinds if k != "algorithm"])
-    n = rng.randint(2, max(2, options.max_number))
+    n = rng.randint(2, options.max_number)
     arguments = rng.sample("xyuv", 2) if kind == "two_numbers" else [rng.choice(ARGUMENTS[kind][:1] + ARGUMENTS[kind][2:3])]
     seen = [own.variable.format(name=name) for name in arguments]
     if kind == "number":
         what, body, result = arguments[0], seen[0], "number"
-        steps = [(rng.choice(NUMBER[:3]), rng.randint(2, max(2, options.max_number))) for _ in range(rng.randint(1, options.operations))]
+        steps = [(rng.choice(NUMBER[:3]), rng.randint(2, options.max_number)) for _ in range(rng.randint(1, options.operations))]
         for step, ((words, code), n) in enumerate(steps):
             what = f"{what}{', ' if step else ' '}{words.format(n=n)}"
             body = code.format(e=f"({body})" if step else body, n=n)

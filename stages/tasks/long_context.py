@@ -18,6 +18,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from stages.stage import CuveeError, option
 from stages.tasks._common import draw, numbers, prompt, sentences
@@ -103,9 +104,8 @@ def _haystack(
         room -= len(chosen[-1]) + 1
         at += 1
     if keep_order:
-        for place, needle in reversed(
-            [*zip(sorted(rng.choices(range(len(chosen) + 1), k=len(needles))), needles, strict=True)]
-        ):
+        places = sorted(rng.choices(range(len(chosen) + 1), k=len(needles)))
+        for place, needle in zip(reversed(places), reversed(needles), strict=True):
             chosen.insert(place, needle)
         place = chosen.index(needles[0])
     else:
@@ -160,10 +160,8 @@ def _variables(rng: random.Random, hay: list[str], length: int, options: Options
     """One chain of names, each given the one before, and one of the same length as a decoy."""
     names = [f"VAR_{key.upper()}" for key in rng.sample(KEYS, 2 * (options.asked + 1))]
     values, chains = _values(rng, 2, options), (names[::2], names[1::2])
-    lines = []
-    for value, chain in zip(values, chains, strict=True):
-        lines.append([f"{chain[0]} = {value}.", *(f"{b} = {a}." for a, b in zip(chain, chain[1:], strict=False))])
-    merged, left = [], [list(line) for line in lines]
+    left = [[f"{chain[0]} = {value}.", *(f"{b} = {a}." for a, b in pairwise(chain))] for value, chain in zip(values, chains, strict=True)]
+    merged = []
     while any(left):
         merged.append(rng.choice([line for line in left if line]).pop(0))
     text, depth = _haystack(rng, hay, length, merged, keep_order=True)
@@ -173,24 +171,15 @@ def _variables(rng: random.Random, hay: list[str], length: int, options: Options
 
 def _words(rng: random.Random, hay: list[str], length: int, options: Options) -> dict:
     """Coded words in the text, `asked` of them three times as often as the others."""
-    coded = [
-        "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)) for _ in range(3 * options.asked)
-    ]
-    coded = sorted(set(coded), key=coded.index)
-    often = coded[: options.asked]
+    syllable = lambda: rng.choice("BDFGKLMNPRSTVZ") + rng.choice("AEIOU")  # noqa: E731
+    coded = list(dict.fromkeys(syllable() + syllable() + syllable() for _ in range(3 * options.asked)))
+    often = sorted(coded[: options.asked])
     times = max(2, min(30, length // 400 // len(coded)))
-    listed = [word.upper() for word in coded for _ in range(3 * times if word in often else times)]
+    listed = [word for word in coded for _ in range(3 * times if word in often else times)]
     rng.shuffle(listed)
     text, depth = _haystack(rng, hay, length, [f"Code {word}." for word in listed])
     question = f"Which {options.asked} code words stand most often in the text?"
-    return _asked(
-        text,
-        question,
-        f"{', '.join(sorted(w.upper() for w in often))}.",
-        depth,
-        length,
-        words=sorted(w.upper() for w in often),
-    )
+    return _asked(text, question, f"{', '.join(often)}.", depth, length, words=often)
 
 
 def _qa(rng: random.Random, hay: list[str], length: int, options: Options) -> dict:

@@ -72,7 +72,8 @@ def names(language: str, category: str) -> dict[str, str]:
     from babel import Locale
 
     if category == "currencies":
-        return {code: Locale.parse(language).currencies[code] for code in CURRENCIES if code in Locale.parse(language).currencies}
+        table = Locale.parse(language).currencies
+        return {code: table[code] for code in CURRENCIES if code in table}
     if category in ("days", "months"):
         return {str(key): name for key, name in sorted(_calendar(language, category).items())}
     table = getattr(Locale.parse(language), category)
@@ -121,7 +122,7 @@ def _facts(options: Options, categories: list[str]) -> list[tuple[str, str, str]
     facts = []
     for category in categories:
         keys = list(names("en", category))[: options.items or None]
-        facts += [(c, k, l) for c, k in ((category, k) for k in keys) for l in options.languages if k in names(l, c)]  # noqa: E741
+        facts += [(category, key, own) for key in keys for own in options.languages if key in names(own, category)]
     return facts
 
 

@@ -119,7 +119,7 @@ def _facts(rng: random.Random, options: Options) -> list[tuple[str, int, str]]:
     subjects = rng.sample(THINGS[: options.things], options.facts + 1)
     facts = []
     for subject in subjects:
-        relation = rng.randrange(min(options.relations, len(RELATIONS)))
+        relation = rng.randrange(options.relations)
         facts.append((subject, relation, rng.choice(RELATIONS[relation][3][: options.values])))
     return facts
 
@@ -142,15 +142,10 @@ def _prompt(
 ) -> dict:
     """The prompt in its form, with the answer that cites `source`, or says that there is none (-1)."""
     subject, relation, value = fact
-    extra: dict = {}
-    if options.form == "text":
-        listing = "\n".join(f"[{i}] {text}" for i, text in enumerate(texts))
-        form = rng.choice(ASK)
-        asked = asked if isinstance(asked, str) else rng.choice(asked).format(k=subject)
-        question = form.format(d=listing, q=asked)
-    else:
-        question = asked if isinstance(asked, str) else rng.choice(asked).format(k=subject)
-        extra = {"documents": [{"text": text} for text in texts]}
+    as_text = options.form == "text"
+    form, extra = (rng.choice(ASK), {}) if as_text else ("{q}", {"documents": [{"text": text} for text in texts]})
+    asked = asked if isinstance(asked, str) else rng.choice(asked).format(k=subject)
+    question = form.format(d="\n".join(f"[{i}] {text}" for i, text in enumerate(texts)), q=asked)
     if source < 0:
         return prompt(question, NOTHING, {"span": "", "source": -1, "others": []}, **extra)
     cited = RELATIONS[relation][2].format(k=subject, v=f"<co>{value}</co: 0:[{source}]>")
