@@ -28,7 +28,7 @@ from stages.data import join, thresholds
 from stages.data.document import Document, size
 from stages.data.formats._record import TEXT_FIELDS
 from stages.data.join import Keys, State
-from stages.data.shard import Reader, Writer, commit
+from stages.data.shard import Writer, commit, read
 from stages.stage import Context, CuveeError, resolve
 
 BATCH_BYTES, BATCH_DOCUMENTS = 2 << 20, 1024  # of text: large enough to vectorise over, small enough for the cache
@@ -210,10 +210,8 @@ def run_shard(plan: Plan, number: int, shard: int) -> None:
 
 def _batches(plan: Plan, number: int, shard: int) -> Iterator[tuple[list[Document], np.ndarray]]:
     """Batches of a shard and where each document stands in it."""
-    source = plan.shards[shard]
-    documents = source.documents() if number == 0 else Reader(plan.path(number - 1, shard)).documents()
     start = 0
-    for batch in batched(documents):
+    for batch in batched(plan.shards[shard].documents() if number == 0 else read(plan.path(number - 1, shard))):
         yield batch, np.arange(start, start + len(batch))
         start += len(batch)
 

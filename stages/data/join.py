@@ -22,8 +22,8 @@ class Keys:
     "sort") of the shuffle of a block; here, if None.
     """
 
-    def __init__(self, paths: list[Path], counts: list[int], benchmark: list[bool], name: str = "", each: Each | None = None):
-        self.paths, self.counts, self.name, self.each = paths, counts, name, each
+    def __init__(self, paths: list[Path], counts: list[int], benchmark: list[bool], each: Each | None = None):
+        self.paths, self.counts, self.name, self.each = paths, counts, "", each
         self.count = sum(counts)
         self.alive = np.ones(self.count, bool)
         self.protected = np.repeat(benchmark, counts) if counts else np.zeros(0, bool)

@@ -26,15 +26,9 @@ def commit(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-class Reader:
-    """The documents that a pass left of a shard."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def documents(self) -> Iterator[Document]:
-        for row in _rows(Path(f"{self.path}.arrow")):
-            yield Document(**row)
+def read(path: Path) -> Iterator[Document]:
+    """What a pass left of a shard."""
+    return (Document(**row) for row in _rows(Path(f"{path}.arrow")))
 
 
 def _rows(path: Path) -> Iterator[Row]:

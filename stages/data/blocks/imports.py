@@ -10,13 +10,14 @@ file of their own (records of JSON lines) stay as they are.
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from stages.data.blocks import _imports, licence
 from stages.data.document import Document
 from stages.data.join import Keys, State, in_order
-from stages.data.shard import Reader
+from stages.data.shard import read
 from stages.data.text import hash64
 from stages.stage import ConfigError, option
 
@@ -134,13 +135,10 @@ def _walk(files: np.ndarray, users: np.ndarray, asked: np.ndarray) -> Iterator[i
 def _write(config: Config, state: State, end: int) -> None:
     """`texts` uint8: every file's at its place, in one reading of the shards."""
     texts, carrier, start = state.array("texts", np.uint8, max(end, 1)), state["carrier"], state["start"]
-    document = 0
-    for path in state.paths:
-        for one in Reader(path).documents():
-            if carrier[document] >= 0:
-                shown = _shown(one, _place(one, config.depth)[1])
-                texts[start[document] : start[document] + len(shown)] = np.frombuffer(shown, np.uint8)
-            document += 1
+    for place, one in enumerate(chain.from_iterable(map(read, state.paths))):
+        if carrier[place] >= 0:
+            shown = _shown(one, _place(one, config.depth)[1])
+            texts[start[place] : start[place] + len(shown)] = np.frombuffer(shown, np.uint8)
 
 
 def apply(documents: list[Document], places: np.ndarray, config: Config, state: State) -> list[str]:
