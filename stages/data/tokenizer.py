@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.chat.messages import said
-from stages.chat.template import COMMAND, Special
+from stages.chat.template import COMMAND, TEMPLATE, Special, special
 from stages.data import corpus
 from stages.data.document import size
 from stages.data.text import units
@@ -38,8 +38,6 @@ class Config:
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
     """Raises ConfigError for a template that does not exist or a vocabulary too small for bytes and special tokens."""
-    from stages.chat.template import TEMPLATE, special
-
     if config.template not in TEMPLATE:
         raise ConfigError(f"template: {unknown(config.template, sorted(TEMPLATE))}")
     tokens = special(config.template).tokens
@@ -51,8 +49,6 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 
 def external(config: Config) -> dict[str, str]:
     """The chat template's digest: its text is part of the artifact."""
-    from stages.chat.template import TEMPLATE
-
     return {"template": sha256(TEMPLATE[config.template].encode()).hexdigest()}
 
 
@@ -61,8 +57,6 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
     The corpus is read as a stream: memory holds the different words. Raises CuveeError when a text does not survive it.
     """
-    from stages.chat.template import special
-
     own = special(config.template)
     texts = partial(_texts, inputs["corpus"], inputs.get("prompts") or {})
     sizes: dict[Group, int] = {}
@@ -142,8 +136,6 @@ def train(texts: Iterable[str], vocab_size: int, min_frequency: int, special: Sp
 def save(tokenizer: Any, template: str, out: Path) -> None:
     """The folder that `AutoTokenizer.from_pretrained` loads."""
     from transformers import PreTrainedTokenizerFast
-
-    from stages.chat.template import TEMPLATE, special
 
     own = special(template)
     wrapped = PreTrainedTokenizerFast(

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages.data import corpus
+from stages.data import corpus, indexed
 from stages.data.encoder import Encoder
 from stages.data.engine import executor
 from stages.data.shard import commit
@@ -49,8 +49,6 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:
     """Writes `<split>-<domain>.bin/.idx`, tokens.json (documents and tokens by split and domain; by source of the training
     split, with the epochs that the mixture makes of each) and the tokenizer's files under tokenizer/."""
-    from stages.data import indexed
-
     source: Artifact = inputs["corpus"]
     folder: Path = inputs["tokenizer"].path
     shutil.copytree(folder, out / "tokenizer", ignore=shutil.ignore_patterns("record.json"))
@@ -100,16 +98,14 @@ def _vocab_size(folder: Path, multiple: int) -> int:
 
 def _encode_file(files: list[Path], tokenizer_file: Path, vocab_size: int, parts: Path, _: int, number: int) -> None:
     """Tokens of one file of the corpus, by domain; its JSON (the domains, and counts by source) says that all are whole."""
-    from stages.data.indexed import Writer
-
     file, encoder = files[number], Encoder(tokenizer_file)
-    writers: dict[str, Writer] = {}
+    writers: dict[str, indexed.Writer] = {}
     sources: dict[str, dict[str, int]] = {}
     before: dict[str, str] = {}
     for rows in _batches(file):
         for domain, found in rows.items():
             if domain not in writers:
-                writers[domain] = Writer(parts / f"{file.stem}-{domain}", vocab_size)
+                writers[domain] = indexed.Writer(parts / f"{file.stem}-{domain}", vocab_size)
             for row, ids in zip(found, encoder([row["text"] for row in found]), strict=True):
                 writers[domain].add(ids)
                 one = sources.setdefault(row["source"], {"documents": 0, "tokens": 0, "different_tokens": 0})

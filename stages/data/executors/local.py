@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,8 +40,6 @@ def start(work: Work, workers: int) -> Iterator[Callable[[Any, list[int]], Itera
 
 
 def _map(pool: ProcessPoolExecutor, what: Any, items: list[int]) -> Iterator[int]:
-    from concurrent.futures.process import BrokenProcessPool
-
     left: set[Any] = {pool.submit(_one, what, item) for item in items}
     try:
         while left:
