@@ -9,7 +9,7 @@ from typing import Any
 
 
 def documents(path: Path, split: str) -> Iterator[dict[str, str]]:
-    """Documents of a split ("train", "heldout", "removed") in order: id, text, domain, language, source."""
+    """Documents of a split ("train", "heldout", "removed") in order: id, text, domain, language, source, url; of removed ones block and reason."""
     import pyarrow.parquet
 
     for file in sorted(path.glob(f"{split}-*.parquet")):

@@ -150,7 +150,7 @@ def _sample(entries: list[Entry], seed: int, max_bytes: int, max_documents: int)
         if not max_bytes or entry.always or entry.size <= left:
             taken.append(entry)
         elif entry.cuttable and left > 0:
-            # Only plain JSON lines can be read in part; of the others the documents are cut, see Source.documents.
+            # Only plain JSON lines can be read in part; of the others the documents are cut, see Shard.documents.
             entry.take = entry.size if entry.kind == ".parquet" or entry.compressed else left
             taken.append(entry)
         else:

@@ -61,5 +61,5 @@ def _certain(text: str) -> str:
 
     if len(text) < 1000:
         return ""
-    found, distance = detect_fast(text[:GLANCE], cutoff=max(FAR, NEAR))
+    found, distance = detect_fast(text[:GLANCE], cutoff=FAR)
     return found if found in CERTAIN and distance <= (FAR if found in ("en", "ja", "ko", "zh") else NEAR) else ""

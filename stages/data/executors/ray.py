@@ -24,7 +24,7 @@ def start(work: Callable[[Any, int], Any], workers: int) -> Iterator[Callable[[A
         raise ConfigError("data.executor: 'ray' is not installed here; pip install cuvee[ray], or take local") from None
     began = not ray.is_initialized()
     if began:
-        ray.init(log_to_driver=False, include_dashboard=False, num_cpus=None)
+        ray.init(log_to_driver=False, include_dashboard=False)
     shared = ray.put(work)
     task = ray.remote(num_cpus=1, max_retries=3)(lambda work, what, item: work(what, item) or item)
 

@@ -65,7 +65,7 @@ def _page(name: str, record) -> Document | None:
     if "Content-Length" not in record.headers or len(data) < min(record.content_length, LONGEST + 1):
         return Document(name, data[:1000].decode("utf-8", "replace"), url=url, fault="record cut short")
     kind = record.headers.get("Content-Type", "text/plain")
-    fault, headers = "", {}
+    headers = {}
     if record.is_http and record.http_headers is not None:
         if record.http_headers.status_code != 200:
             return None
