@@ -48,3 +48,6 @@ def test_lists_of_domains_and_addresses(tmp_path):
     assert cleaned(domains.Config(lists=[str(tmp_path / "a.txt")]), "http://bad.com") == ""
     with pytest.raises(ConfigError, match="data.options.domains.lists: '/no/list' is not known"):
         domains.external(domains.Config(lists=["/no/list"]))
+    (tmp_path / "b.txt.gz").write_bytes(b"packed")
+    with pytest.raises(ConfigError, match="data.options.domains.lists: b.txt.gz is compressed"):
+        domains.external(config)

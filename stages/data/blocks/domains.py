@@ -12,7 +12,7 @@ from stages.data.blocks.url import normal
 from stages.data.document import Document
 from stages.data.source import find
 from stages.data.text import hash64
-from stages.stage import option, placement
+from stages.stage import ConfigError, option, placement
 
 FIELD = "data.options.domains.lists"
 
@@ -26,8 +26,11 @@ class Config:
 
 
 def external(config: Config) -> list[dict[str, Any]]:
-    """The identity of the lists."""
-    return [source.identity() for source in find(config.lists, field=FIELD)]
+    """The identity of the lists. Raises ConfigError for one that is compressed: its lines would name nothing."""
+    found = find(config.lists, field=FIELD)
+    if packed := [entry.name for source in found for entry in source.entries if entry.compressed]:
+        raise ConfigError(f"{FIELD}: {packed[0]} is compressed; unpack it")
+    return [source.identity() for source in found]
 
 
 def clean(document: Document, config: Config) -> str:
