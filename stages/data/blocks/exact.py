@@ -1,6 +1,5 @@
 """Exact duplicates: of documents equal but for case, white space and compatibility forms, the first stays."""
 
-
 import numpy as np
 
 from stages.data.document import Document

@@ -30,12 +30,11 @@ def check(config: Config) -> None:
 
 
 def _hashes(document: Document, config: Config) -> list[int]:
-    """A hash of 63 bits a line, 0 for a line that is left alone; code and names have none."""
+    """A hash a line, never 0; 0 for a line that is left alone; code and names have none."""
     if document.domain in ("code", "names"):
         return []
     plain = (PLAIN.sub("", line).lower() for line in document.text.split("\n"))
-    return [hash64(line) >> 1 | 1
-            if len(line) >= config.min_characters else 0 for line in plain]
+    return [hash64(line) >> 1 | 1 if len(line) >= config.min_characters else 0 for line in plain]
 
 
 def keys(documents: list[Document], config: Config) -> np.ndarray:

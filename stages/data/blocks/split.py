@@ -31,7 +31,7 @@ def keys(documents: list[Document], config: Config) -> np.ndarray:
     chosen = [(i, document) for i, document in enumerate(documents) if not document.split]
     rows = np.empty(len(chosen), ROW)
     for row, (i, document) in enumerate(chosen):
-        key = document.group and f"{document.source}/{document.group}" or normalised(document.text)
+        key = f"{document.source}/{document.group}" if document.group else normalised(document.text)
         digest = sha256(f"{config.seed}:{key}".encode("utf-8", "replace")).digest()
         rows[row] = i, int.from_bytes(digest[:8], "big"), crc32(document.domain.encode())
     return rows
