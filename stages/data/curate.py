@@ -30,7 +30,7 @@ from stages.data.shard import EXAMPLES
 from stages.data.source import Source, find
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, names, option, placement, resolve
 
-VERSION = "4"
+VERSION = "5"
 COUNTS = ("removed", "kept", "changed", "bytes")  # documents that a block removed, kept, changed; bytes that it kept
 INPUTS = {"labels": Input(Kind.CORPUS, optional=True)}  # of data.judge, for the classifier
 OUTPUT = Kind.CORPUS

@@ -116,6 +116,9 @@ def test_safety_by_area(tmp_path):
     again = select("safety", documents, safety.Config(seeds=seeds, harmless=harmless, sample=1.0, max_score=0.3))
     assert not any(again[-20:]) and sum(map(bool, again[100:120])) >= 18
     assert safety.external(safety.Config(seeds=seeds, harmless=harmless)).keys() == {"violence", "sexual", "harmless"}
+    one, config = [Document("a", "blood and gore"), Document("b", "a b c")], classifier.Config()
+    good, others = classifier.features(one[:1] * 4, config), [classifier.features(one[1:] * 4, config)]
+    assert (classifier.fit(good, others, "") == classifier.fit(good, others, "")).all(), "an area's fit leaves the others as they were"
 
 
 @pytest.mark.parametrize("values, sentence", [

@@ -119,9 +119,9 @@ def fit(good: np.ndarray, others: list[np.ndarray], where: str) -> np.ndarray:
     if not counts[0] or not sum(counts[1:]):
         raise ConfigError(f"{where}: {counts[0]} documents against {sum(counts[1:])} others are too few to learn from; give more of "
                           "them, or a larger sample")
-    for rows, first in zip(parts[1:], np.cumsum(counts)[:-1].tolist(), strict=True):
-        rows["document"] += first
-    return train(np.concatenate(parts), np.arange(sum(counts)) < counts[0])
+    rows = np.concatenate(parts)  # a copy: `others` serve the next fit as well
+    rows["document"] += np.repeat(np.cumsum(counts) - counts, [len(part) for part in parts])
+    return train(rows, np.arange(sum(counts)) < counts[0])
 
 
 def from_sources(names: list[str], config: Config) -> np.ndarray:
