@@ -47,7 +47,6 @@ KEYWORDS = (
     "window letter morning honest copper ladder silver market gentle harbour pocket orange simple engine forest".split()
 )
 PLACEHOLDERS = "[name] [address] [date] [place] [number] [price]".split()
-FEWEST_WORDS = 4  # of what speaks of a topic, rather than names it
 ENDINGS = ("Any other questions?", "Is there anything else I can help with?")
 # Short texts for the instruction on the language, in the languages' own words.
 SPEECH = {
@@ -222,12 +221,12 @@ def _measure(rng: random.Random, given: dict[str, dict], text: str) -> None:
 
 
 def verify(prompt: dict, completion: str) -> float:
-    """1.0 when all is followed, half the share of what is otherwise; 0.0 off the topic, for little more than its name and
-    for a copy of the prompt."""
+    """1.0 when all is followed, half the share of what is otherwise; 0.0 off the topic, for no more than its name and for
+    a copy of the prompt."""
     check = prompt["check"]
     if check.get("about", "").lower() not in completion.lower() or prompt["messages"][-1]["content"] in completion:
         return 0.0
-    if check.get("about") and _constraints.words(completion) < FEWEST_WORDS:
+    if _constraints.words(completion) <= _constraints.words(check.get("about", "")):
         return 0.0
     found = _constraints.followed(check["constraints"], completion)
     return 1.0 if all(found) else 0.5 * sum(found) / len(found)
