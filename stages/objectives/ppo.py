@@ -1,7 +1,7 @@
 """Proximal Policy Optimisation with a value network (Schulman et al., arXiv 1707.06347; InstructGPT, arXiv 2203.02155).
 
 Under the policy pi_old that sampled y, with the KL in the reward of every token and the verifier's at the last, V the
-value network before this step, and generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16):
+value network as it was then, and generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16):
 
     r_t = -beta log pi_old(y_t)/pi_ref(y_t) + [t = T] r        delta_t = r_t + gamma V_t+1 - V_t,  V_T+1 = 0
     A_t = delta_t + gamma lam A_t+1        R_t = A_t + V_t
@@ -40,7 +40,7 @@ COUNT = "tokens"
 class Config:
     beta: float = option(0.05, "strength of the pull to the reference model")
     clip: float = option(0.2, "ratios outside 1 - clip .. 1 + clip are clipped")
-    value_clip: float = option(0.2, "how far a value may move in one step before its gradient is cut")
+    value_clip: float = option(0.2, "how far a value may move from that of its block's beginning before its gradient is cut")
     gamma: float = option(1.0, "discount of a later token's reward")
     lam: float = option(0.95, "of generalised advantage estimation: 1 sums rewards, 0 trusts the value of the next token")
     value_lr: float = option(5.0, "learning rate of the value network, in the policy's")

@@ -1,4 +1,4 @@
-"""The value network of PPO: a second trainer, whose values make the advantages of a step's completions."""
+"""The value network of PPO: a second trainer, whose values make the advantages of a block's completions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch.distributed as dist
 
 from stages.trainer.batch import Group, Loss, Packed, Sequence
+from stages.trainer.parallel import on_first
 
 
 @dataclass
@@ -26,10 +27,17 @@ class Critic:
 
 
 class Criticised:
-    """A Stream that gives the groups of another one their advantages, and trains the value network on their returns."""
+    """A Stream that gives the groups of Rollouts their advantages, and trains the value network on their returns.
+
+    Values are those of the network when the block began, as the rollouts are the policy's of then: that is what the
+    clipping of values is measured from. They lie beside the rollouts, so that a run which resumes within a block finds them.
+    """
 
     def __init__(self, stream: Any, critic: Critic, config: Any, ctx: Any):
         self.stream, self.critic, self.config, self.ctx = stream, critic, config, ctx
+        self.block, self.values = -1, {}
+        self.folder = ctx.scratch / "rollouts"
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def batch(self, step: int, trainer: Any) -> list[Group]:
         groups = self.stream.batch(step, trainer)
@@ -46,8 +54,10 @@ class Criticised:
     def _judged(self, groups: list[Group], trainer: Any) -> list[Group]:
         """The groups with token_fields advantage (whitened over all), value and return."""
         module, options = self.critic.module, self.critic.options
-        references, values = trainer.reference_logprobs(groups), trainer.critic.values(groups)
-        flat = [sequence for group in groups for sequence in group]
+        if self.block != self.stream.current:
+            self.block, self.values = self.stream.current, self._values(trainer)
+        references, flat = trainer.reference_logprobs(groups), [sequence for group in groups for sequence in group]
+        values = [self.values[id(sequence)] for sequence in flat]
         made = []
         for sequence, reference, value in zip(flat, references, values, strict=True):
             at = np.flatnonzero(sequence.mask[1:])
@@ -63,9 +73,25 @@ class Criticised:
         ])  # fmt: skip
         return [[next(judged) for _ in group] for group in groups]
 
+    def _values(self, trainer: Any) -> dict[int, np.ndarray]:
+        """The values of each sequence of the block (by its id), of the network as it was at the block's first step."""
+        groups = [group for found in self.stream.groups for group in found]
+        file = self.folder / f"block-{self.stream.current:06d}.npz"
+        if not on_first(file.exists):
+            values, part = trainer.critic.values(groups), file.with_suffix(".part")
+
+            def write() -> None:
+                with open(part, "wb") as out:
+                    np.savez(out, *values)
+                part.replace(file)
+
+            on_first(write)
+        with np.load(file) as saved:
+            return {id(sequence): saved[f"arr_{i}"] for i, sequence in enumerate(s for group in groups for s in group)}
+
     @staticmethod
     def _fit(groups: list[Group]) -> dict[str, float]:
-        """Mean value, and the share of the returns' variance that the values explained before this step."""
+        """Mean value, and the share of the returns' variance that the values of the block explain."""
         flat = [sequence for group in groups for sequence in group]
         take = lambda name: np.concatenate([s.token_fields[name][s.mask > 0] for s in flat])  # noqa: E731
         value, aim = take("value"), take("return")

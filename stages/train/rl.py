@@ -15,7 +15,7 @@ from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind
 from stages.train._groups import ObjectiveConfig, needs_values
 from stages.trainer.config import TrainConfig
 
-VERSION = "6"
+VERSION = "7"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),

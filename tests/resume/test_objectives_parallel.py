@@ -45,10 +45,13 @@ def taught(s: Sequence, rng: np.random.Generator) -> Sequence:
 
 
 class Fixed:
+    """The same groups in every step, each step a block of its own."""
+
     def __init__(self, batch: list[Group]):
-        self.batch_of_all = batch
+        self.batch_of_all, self.groups = batch, [batch]
 
     def batch(self, step, trainer):
+        self.current = step
         return self.batch_of_all
 
 

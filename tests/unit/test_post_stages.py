@@ -163,7 +163,8 @@ PPO = {"objective": "ppo", "options": {"value_steps": 2}, "rollout_every": 1}
 
 @pytest.mark.parametrize("changes", [
     {"rollout_every": 1}, {"rollout_every": 3}, {"rollout_every": 0}, {"rollout_every": 1, "off_policy": True},
-    {"rollout_every": 3, "off_policy": True}, PPO, PPO | {"distributed_optimizer": True}, PPO | {"fsdp": True},
+    {"rollout_every": 3, "off_policy": True}, PPO, PPO | {"rollout_every": 3}, PPO | {"distributed_optimizer": True},
+    PPO | {"fsdp": True},
 ])  # fmt: skip
 def test_rl_resumes_bit_for_bit(speaker, prompts, tmp_path, changes, monkeypatch):
     """Killed after the rollouts of a block (PPO: after the value network's step), before the next checkpoint; then again

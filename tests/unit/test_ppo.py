@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from post_helpers import COMMON, RL, Fixed, run
+from post_helpers import COMMON, RL, run
 
 from stages.model.folder import read_config
 from stages.objectives import ppo
@@ -52,6 +52,17 @@ def sequences():
     return made
 
 
+class Blocks:
+    """The same groups in every step; a block has `steps` of them."""
+
+    def __init__(self, groups: list, steps: int = 1):
+        self.groups, self.steps = [[group] for group in groups], steps
+
+    def batch(self, step: int, trainer) -> list:
+        self.current = step // self.steps
+        return [group for found in self.groups for group in found]
+
+
 def trainers(folder, **fields):
     from stages.trainer.trainer import Trainer
 
@@ -70,7 +81,7 @@ def test_tokens_get_their_advantages_from_values_and_rewards(start, tmp_path):
     for budget in (100_000, 1):
         trainer, critic, config = trainers(start.path, micro_batch_tokens=budget)
         score = trainer.critic.hf_state()["score.weight"][0]
-        groups = Criticised(Fixed(sequences()), critic, config, Context(tmp_path)).batch(0, trainer)
+        groups = Criticised(Blocks(sequences()), critic, config, Context(tmp_path / str(budget))).batch(0, trainer)
         found.append((groups, trainer.step(groups, 1e-3), trainer.critic.hf_state()))
     model = AutoModelForCausalLM.from_pretrained(start.path)
     raw = []
@@ -102,11 +113,28 @@ def test_tokens_get_their_advantages_from_values_and_rewards(start, tmp_path):
 def test_the_value_network_learns_the_returns(start, tmp_path):
     trainer, critic, config = trainers(start.path)
     critic.options = replace(critic.options, value_clip=10.0, value_lr=5.0)
-    stream = Criticised(Fixed(sequences()), critic, config, Context(tmp_path))
-    for _ in range(40):
-        stream.batch(0, trainer)
+    stream = Criticised(Blocks(sequences()), critic, replace(config, steps=40), Context(tmp_path))
+    for step in range(40):
+        stream.batch(step, trainer)
     points = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert points[-1]["value/loss"] < 0.2 * points[0]["value/loss"] and points[-1]["value/explained"] > 0.8
+
+
+def test_values_are_those_of_the_blocks_beginning(start, tmp_path):
+    """So that clipping has something to clip, and whoever resumes within the block goes on with the same ones."""
+    trainer, critic, config = trainers(start.path)
+    critic.options = replace(critic.options, value_clip=0.01, value_lr=50.0)
+    stream, given = Criticised(Blocks(sequences(), steps=3), critic, config, Context(tmp_path)), []
+    given = [stream.batch(step, trainer) for step in range(3)]
+    taken = [[s.token_fields["value"] for (s,) in groups] for groups in given]
+    moved = trainer.critic.values(sequences())
+    again = Criticised(Blocks(sequences(), steps=3), critic, config, Context(tmp_path)).batch(2, trainer)
+    for first, second, last, now, (one,) in zip(*taken, moved, again, strict=True):
+        assert (first == second).all() and (first == last).all() and (first == one.token_fields["value"]).all()
+        at = np.flatnonzero(one.mask)
+        assert first[at] != pytest.approx(now[at - 1], abs=1e-3), "the network has moved"
+    points = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert points[0]["value/value_clipped"] == 0 and points[2]["value/value_clipped"] > 0
 
 
 def test_the_first_steps_train_the_value_network_alone(speaker, prompts, tmp_path):
