@@ -29,7 +29,8 @@ def run(root, words, stream=None, objective=None, model=SIZES, **changes):
     ctx = Told(root / "scratch")
     for folder in ("out", "scratch"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    metrics = train(config=config(**{"save_every": 0} | changes), stream=stream or Counting(), tokenizer=words, ctx=ctx,
+    changes = {"save_every": 0, "async_save": False} | changes  # what is stopped has its last checkpoint, however slow the disk
+    metrics = train(config=config(**changes), stream=stream or Counting(), tokenizer=words, ctx=ctx,
                     objective=objective or (lambda b: ce.loss(b, ce.Config())), out=root / "out", model=model)  # fmt: skip
     points = {p["step"]: p for p in map(json.loads, (root / "scratch/metrics.jsonl").read_text().splitlines())}
     return metrics, (root / "out/model.safetensors").read_bytes(), ctx.lines, points

@@ -29,7 +29,7 @@ def batch(folder, module) -> list[Group]:
     found = []
     for i in range(8):
         completions = [str(rng.randrange(10 ** (4 * j + 1))) for j in range(3)]
-        tokens = [grouper.tokenizer.encode(c, add_special_tokens=False) for c in completions]
+        tokens = [[*grouper.tokenizer.encode(c, add_special_tokens=False), grouper.tokenizer.eos_token_id] for c in completions]
         row = {
             "id": str(i), "messages": [{"role": "user", "content": "7" * rng.randrange(1, 20)}], "completions": completions,
             "tokens": tokens, "logprobs": [[-rng.random() - 5 for _ in t] for t in tokens],
