@@ -11,6 +11,7 @@ from typing import Any
 from flows.launchers._kubernetes_api import GONE, NOT_FOUND, Api, Refused, Unreachable
 
 PATIENCE = 15.0  # seconds between two tries, at most
+LAST_TRIES = 5
 
 
 def follow(
@@ -63,23 +64,27 @@ def _watch(
 
 
 def follow_log(api: Api, pod: str, ended: Callable[[], bool], line: Callable[[str], None], stop: threading.Event) -> None:
-    """Every line of a pod's container once, in order, until it has `ended`; attached again where it breaks off."""
-    last, since, wait = "", "", 0.2
-    while not stop.is_set():
+    """Every line of a pod's container once, in order, until it has `ended`; attached again where it breaks off.
+
+    What an ended container has said is asked for LAST_TRIES times: the node that has it may be gone for good.
+    """
+    last, since, wait, tries = "", "", 0.2, LAST_TRIES
+    while not stop.is_set() and tries:
         over = ended()  # asked before reading: what follows is then the whole rest
+        tries -= over
         try:
             for text in api.log(pod, since):
                 stamp, _, text = text.partition(" ")
                 if (at := _fixed(stamp)) > last:
                     last, since, wait = at, re.sub(r"\.\d+", "", stamp), 0.2
                     line(text)
+            if over:
+                return
         except Refused as error:
             if error.status == NOT_FOUND:
                 return
         except Unreachable:
             pass
-        if over:
-            return
         stop.wait(wait)
         wait = min(2 * wait, PATIENCE)
 
