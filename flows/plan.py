@@ -38,19 +38,19 @@ def why(node: Node, previous: dict[str, Any] | None) -> str:
     return "input " + ", ".join(sorted({field.removeprefix("inputs.") for field, _, _ in own})) + " changed"
 
 
-def predict(node: Node, previous: dict[str, Any] | None, flops_per_second: float) -> float:
-    """Seconds the stage will take: as long as `previous`, the artifact of that name, took, scaled by the work; without
-    one, from the FLOPs of its tokens (6 a parameter and token to train, 2 to generate)."""
+def predict(node: Node, previous: dict[str, Any] | None, flops_per_second: float) -> tuple[float, bool]:
+    """(seconds the stage will take, whether they come from a run): as long as `previous`, the artifact of that name, took,
+    scaled by the work; without one, from the FLOPs of its tokens (6 a parameter and token to train, 2 to generate)."""
     def flops(e: Any) -> float:
         return e["parameters"] * (6.0 * e["train_tokens"] + 2.0 * e["generated_tokens"])
 
     work = flops(vars(node.estimate))
     before = flops(previous["estimate"]) if previous else 0.0
     if before and 1 / ALIKE <= work / before <= ALIKE:
-        return previous["seconds"] * work / before
+        return previous["seconds"] * work / before, True
     if previous and not work:
-        return previous["seconds"]
-    return work / flops_per_second
+        return previous["seconds"], True
+    return work / flops_per_second, False
 
 
 def sizes(node: Node) -> Any:
@@ -108,14 +108,15 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
     """The plan as text; memory is of one device. Raises ConfigError when a stage can't run on the cluster's devices."""
     cluster, wide = graph.conf.cluster, max(24, 1 + max(len(node.name) for node in nodes))
     yield f"{'stage':<{wide}}{'address':<14}{'state':<6}{'tokens':>10}{'memory':>10}{'storage':>10}{'time':>9}  why"
-    total, seconds, storage = 0, 0.0, 0.0
+    total, seconds, storage, guessed = 0, 0.0, 0.0, 0.0
     for node, (made, previous) in zip(nodes, known(store, nodes), strict=True):
         doing, reason = ("done", "") if made else ("run", why(node, previous))
         estimate = node.estimate
         tokens = estimate.train_tokens + estimate.generated_tokens
         memory = check_layout(node, cluster)
         keeps = 4 * estimate.parameters if node.kind.value in ("checkpoint", "reward_model", "export") else 0
-        took = 0.0 if made else predict(node, previous, cluster.flops_per_second)
+        took, measured = (0.0, True) if made else predict(node, previous, cluster.flops_per_second)
+        guessed += 0.0 if measured else took
         if not made:
             total, seconds, storage = total + 1, seconds + took, storage + keeps
         yield (f"{node.name:<{wide}}{node.fingerprint[:12]:<14}{doing:<6}{_count(tokens):>10}{_bytes(memory):>10}"
@@ -129,6 +130,9 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
     yield ""
     yield (f"{total} of {len(nodes)} stages will run; {time} on cluster={cluster.name}, "
            f"{_bytes(storage)} of storage{cost}")
+    if guessed:
+        yield (f"{_time(guessed)} of it from cluster.flops_per_second, not from a run: with full sequences in post-training, "
+               "without starts and loading")
 
 
 def dry_run(graph: Graph, nodes: list[Node]) -> Iterator[str]:

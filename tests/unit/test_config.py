@@ -10,7 +10,7 @@ import pytest
 from flows import config
 from flows.config import compose
 from flows.graph import Graph
-from flows.plan import _bytes, _count, check_layout, known, table
+from flows.plan import _bytes, _count, check_layout, known, predict, table
 from stages.stage import ConfigError
 from stages.store.local import LocalStore
 
@@ -179,11 +179,22 @@ def test_instruction_following_feeds_instruct_and_polish_without_an_expert():
 def test_plan_says_what_runs_and_refuses_what_cannot_fit(tmp_path):
     store, small = LocalStore(tmp_path), graph("recipe.experts=[code]")
     lines = list(table(store, small, list(small.nodes.values())))
-    assert lines[-1].startswith(f"{len(small.nodes)} of {len(small.nodes)} stages will run")
+    assert lines[-2].startswith(f"{len(small.nodes)} of {len(small.nodes)} stages will run")
+    assert "not from a run: with full sequences" in lines[-1]
     assert lines[1].split()[0] == "corpus" and lines[1].endswith("  new")
     large = graph("model=command_a")
     with pytest.raises(ConfigError, match="pretrain: sequences of 256 take 1,7.* GiB of a device .* but cluster=local has 8; choose a smaller"):
         list(table(store, large, list(large.nodes.values())))
+
+
+def test_plan_takes_its_times_from_a_run_of_about_that_size():
+    node = graph("recipe.experts=[code]").nodes["instruct"]
+    work = vars(node.estimate)
+    flops = 6.0 * work["parameters"] * work["train_tokens"]
+    before = {"seconds": 60.0, "estimate": {**work, "train_tokens": work["train_tokens"] // 2}}
+    assert predict(node, before, 1e12) == (pytest.approx(120.0), True)
+    before["estimate"]["train_tokens"] = work["train_tokens"] // 20  # too small to say anything
+    assert predict(node, before, 1e12) == predict(node, None, 1e12) == (pytest.approx(flops / 1e12), False)
 
 
 def test_plans_figures_have_no_exponents():

@@ -113,7 +113,7 @@ def test_a_pipeline_holds_no_more_microbatches_than_a_step_has():
 def test_every_scale_fits_its_cluster(name, tmp_path):
     graph = Graph(compose([f"scale={name}", f"cluster={name}"]))
     lines = list(table(LocalStore(tmp_path), graph, graph.until([])))
-    assert len(lines) == len(graph.nodes) + 3
+    assert len(lines) == len(graph.nodes) + 4
     limit = graph.conf.cluster.memory_gib * GIB
     assert all(check_layout(node, graph.conf.cluster) <= limit for node in graph.nodes.values() if node.distributed)
     assert graph.nodes["sft-math"].config.precision == "bf16"
