@@ -28,13 +28,16 @@ def recipe(step, conf) -> None:
     instruct = step("instruct", "train.sft", conf.instruct, init=base, prompts=prompts, conversations=chats,
                     tokens=tokens if conf.instruct.replay else None)
 
+    # Your own preferences, beside the pairs that policies sample
+    own = step("preferences", "data.preferences", conf.preferences, tokenizer=tokenizer) if conf.preferences.sources else None
+
     # Six SFT experts from Instruct, and their soup
     sft = {e: sft_expert(step, e, conf, {"instruct": instruct, "base": base}, prompts, tokens) for e in experts}
     sft_soup = step("sft-soup", "merge.soup", conf.soup.sft, models=sft, base=instruct)
 
     # The reward model that judges later stages: of the answers of one of these, and made from it
     policy = {"instruct": instruct, "sft-soup": sft_soup}[conf.recipe.reward_policy]
-    reward = reward_model(step, conf.reward, conf.recipe.reward_seeds, policy, prompts)
+    reward = reward_model(step, conf.reward, conf.recipe.reward_seeds, policy, prompts, own)
 
     # Six RL experts from the soup, and their soup
     rl = {e: rl_expert(step, e, conf, sft, sft_soup, instruct, prompts, tokens) for e in experts}
@@ -44,7 +47,7 @@ def recipe(step, conf) -> None:
     rounds = {"rl-soup": rl_soup}
     for number in range(1, conf.recipe.polish_rounds + 1):
         last = "polished" if number == conf.recipe.polish_rounds else f"polished-{number}"
-        rounds |= polish(step, conf.polish, number, last, list(rounds.values())[-1], prompts, reward)
+        rounds |= polish(step, conf.polish, number, last, list(rounds.values())[-1], prompts, reward, own)
 
     # Evaluate every model on every domain, export, report
     models = {"pretrained": pretrained, "base": base, "instruct": instruct,
@@ -69,14 +72,14 @@ def own_conversations(step, conf, tokenizer, prompts):
     return found
 
 
-def reward_model(step, conf, seeds, policy, prompts):
+def reward_model(step, conf, seeds, policy, prompts, own):
     """Section 3.2.3: an ensemble labels many pairs for the first stage; the second learns from the best pairs, labelled
     by the strength of the preference. The probe tells how far one may optimise against it."""
     many, best, probe = sampled_pairs(step, conf, policy, prompts)
-    ensemble = {str(s): step(f"reward-judge-{s}", "train.reward", seeded(conf.judge, s), init=policy, pairs=best)
+    ensemble = {str(s): step(f"reward-judge-{s}", "train.reward", seeded(conf.judge, s), init=policy, pairs=best, own=own)
                 for s in seeds}
     first = step("reward-first", "train.reward", conf.first, init=policy, pairs=many, ensemble=ensemble)
-    return step("reward", "train.reward", conf.second, start=first, pairs=best, ensemble=ensemble, probe=probe)
+    return step("reward", "train.reward", conf.second, start=first, pairs=best, own=own, ensemble=ensemble, probe=probe)
 
 
 def sft_expert(step, name, conf, starts, prompts, tokens):
@@ -118,7 +121,7 @@ def rl_expert(step, name, conf, sft, soup, instruct, prompts, tokens):
     return step(f"rl-{name}", "merge.soup", anchored, models={"rl": alone, "start": start}, base=start)
 
 
-def polish(step, conf, number, name, start, prompts, reward):
+def polish(step, conf, number, name, start, prompts, reward, own):
     """One round. Whichever of its models the judge prefers to the round's start goes on, and the start where none is
     preferred: so every round is known before anything runs, and none can make the model worse by its judge."""
     at = "" if number == 1 else f"-{number}"
@@ -127,7 +130,7 @@ def polish(step, conf, number, name, start, prompts, reward):
     best_of_n = step(f"best-of-n{at}", "train.sft", conf.best_of_n.sft, init=start, pairs=drawn)
     pairs = step(f"preference-pairs{at}", "rollout.sample", seeded(conf.preference.samples, 2 * number - 1),
                  policy=best_of_n, prompts=prompts, reward=reward)
-    preference = step(f"preference{at}", "train.preference", conf.preference.train, init=best_of_n, pairs=pairs)
+    preference = step(f"preference{at}", "train.preference", conf.preference.train, init=best_of_n, pairs=pairs, own=own)
     online = step(f"online{at}", "train.rl", seeded(conf.online, number - 1),
                   init=preference, prompts=prompts, reward=reward)
     made = {f"best-of-n{at}": best_of_n, f"preference{at}": preference, f"online{at}": online}

@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import open_launcher, open_store, shared_dir, shown
 from flows.config import choices, compose, default, split
-from flows.graph import Graph, Node
+from flows.graph import Graph, Node, unaccompanied
 from flows.plan import table
 from flows.pushgateway import pushing
 from flows.reconcile import registered
@@ -61,19 +61,26 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
     launcher.warm()
     tracker = pushing(Tracker(conf, flow_run, len(nodes)), conf.recipe.name, flow_run)
     cluster = conf.cluster
-    cores = cluster.cores * (cluster.concurrent_stages if launcher.REMOTE else 1)
-    maker = Maker(store, launcher, tracker, shared_dir(conf) / "work", cores, cluster.device, cluster.devices)
-    width = {node.depth: sum(n.depth == node.depth for n in nodes) for node in nodes}
+    maker = Maker(store, launcher, tracker, shared_dir(conf) / "work", cluster.cores, cluster.device, cluster.devices,
+                  cluster.concurrent_stages)  # fmt: skip
+    apart = unaccompanied(nodes)
     order = {node.name: at for at, node in enumerate(nodes)}
     progress = Progress(len(nodes), show or logger.info)
+    parents = {node.name: {parent.name for parent in node.parents} for node in nodes}
+    made: set[str] = set()
+    turn = threading.Lock()
+
+    def followers(name: str) -> list[int]:
+        """The orders of the stages for which nothing was missing any more but this one."""
+        with turn:
+            made.add(name)
+            return [order[other] for other, needs in parents.items() if name in needs and needs <= made]
 
     def make(name: str) -> None:
         node = graph.nodes[name]
         log = get_run_logger()
-        # On one machine a stage that has siblings gets its share of the cores, so that they run side by side; a stage
-        # alone gets all.
-        alone = launcher.REMOTE or width[node.depth] == 1 or (node.distributed and cluster.devices > 1)
-        threads = cluster.cores if alone else max(1, cluster.cores // cluster.concurrent_stages)
+        # On one machine a stage beside which others may run gets its share of it; one that is alone gets all.
+        alone = not launcher.REMOTE and (name in apart or (node.distributed and cluster.devices > 1))
         done_before = store.record(node.fingerprint) is not None
 
         def on_line(line: str) -> None:
@@ -82,7 +89,8 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
 
         if not done_before:
             progress.start(name)
-        record = maker.make(node, threads, order[name], on_line)
+        record = maker.make(node, alone, order[name], on_line)
+        maker.expect(followers(name))
         progress.done(name, record, skipped=done_before)
 
     futures, done = {}, False

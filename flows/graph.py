@@ -7,6 +7,7 @@ and neither torch nor Prefect is imported, so the same function serves plan, run
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -66,10 +67,6 @@ class Node:
         """Whether a model may run in the stage; the others leave the GPUs to those that need them."""
         return self.kind not in (Kind.CORPUS, Kind.TOKENIZER, Kind.TOKENS, Kind.REPORT)
 
-    @cached_property
-    def depth(self) -> int:
-        return 1 + max((parent.depth for parent in self.parents), default=0)
-
     @property
     def parents(self) -> list[Node]:
         return [n for one in self.inputs.values() for n in (one.values() if isinstance(one, dict) else [one])]
@@ -124,6 +121,15 @@ class Graph:
                 needed.add(node)
                 wanted += node.parents
         return [node for node in self.nodes.values() if node in needed]
+
+
+def unaccompanied(nodes: list[Node]) -> set[str]:
+    """The names of the nodes beside which no other can run: each of the others needs them, or is needed by them."""
+    above: dict[str, set[str]] = {}
+    for node in nodes:
+        above[node.name] = {p.name for p in node.parents}.union(*(above[p.name] for p in node.parents))
+    below = Counter(name for names in above.values() for name in names)
+    return {name for name, names in above.items() if len(names) + below[name] == len(nodes) - 1}
 
 
 def _check_inputs(name: str, module: Any, inputs: dict[str, Any]) -> None:

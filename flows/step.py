@@ -31,6 +31,7 @@ from stages.store import record as records
 ATTEMPTS = 3
 LOG_TAIL = 12
 METRIC_SECONDS = 5.0
+EXPECTED_SECONDS = 3.0  # in which Prefect starts a task whose parents are made
 
 
 class Cancelled(CuveeError):
@@ -38,25 +39,33 @@ class Cancelled(CuveeError):
 
 
 class Maker:
-    """Makes artifacts with one store, one launcher and one tracker, using at most `cores` CPU cores at a time."""
+    """Makes artifacts with one store, one launcher and one tracker, at most `slots` at a time: of one machine each has its
+    share of the `cores` and of the GPU's memory, elsewhere all."""
 
     def __init__(
-        self, store: Any, launcher: Any, tracker: Any, work: Path, cores: int, device: str = "cpu", devices: int = 1
+        self, store: Any, launcher: Any, tracker: Any, work: Path, cores: int, device: str = "cpu", devices: int = 1, slots: int = 1
     ):
-        self.store, self.launcher, self.tracker = store, launcher, tracker
-        self.work, self.cores, self.device, self.devices = work, cores, device, devices
-        self._free = cores
+        self.store, self.launcher, self.tracker, self.work = store, launcher, tracker, work
+        self.cores, self.device, self.devices, self.slots = cores, device, devices, slots
+        self._free = slots
         self._waiting: list[int] = []
+        self._expected: dict[int, float] = {}  # order -> until when it is waited for
         self._turn = threading.Condition()
         self._jobs: set[Any] = set()
         self._cancelled = threading.Event()
 
-    def make(self, node: Node, threads: int, order: int, log: Callable[[str], None]) -> dict[str, Any]:
+    def make(self, node: Node, alone: bool, order: int, log: Callable[[str], None]) -> dict[str, Any]:
         """The record of the node's artifact, made now unless it is published. The inputs must be published.
 
-        order: among stages that wait for a core the lowest goes first. Raises CuveeError when the stage refuses, keeps
-        dying, or the run is cancelled.
+        alone: nothing runs beside it. order: among stages that wait for a slot the lowest goes first. Raises CuveeError when
+        the stage refuses, keeps dying, or the run is cancelled.
         """
+        try:
+            return self._published(node, alone, order, log)
+        finally:
+            self._arrived(order)
+
+    def _published(self, node: Node, alone: bool, order: int, log: Callable[[str], None]) -> dict[str, Any]:
         record = self.store.record(node.fingerprint)
         if record is None:
             lease = self.store.lease(node.fingerprint)
@@ -67,10 +76,22 @@ class Maker:
             with lease:
                 record = self.store.record(node.fingerprint)  # made by the lease's last holder?
                 if record is None:
-                    with self._cores(threads, order):
-                        record = self._make(node, threads, log)
+                    wanted = self.slots if alone else 1
+                    with self._room(wanted, order):
+                        record = self._make(node, wanted, log)
         self.store.set_alias(node.name, node.fingerprint)
         return record
+
+    def expect(self, orders: list[int]) -> None:
+        """These stages will be asked for in a moment: none behind them takes a slot that they need. Without this the first two
+        of nine experts that Prefect happens to start would hold up what the whole recipe waits for."""
+        with self._turn:
+            self._expected |= dict.fromkeys(orders, time.monotonic() + EXPECTED_SECONDS)
+
+    def _arrived(self, order: int) -> None:
+        with self._turn:
+            self._expected.pop(order, None)
+            self._turn.notify_all()
 
     def cancel(self) -> None:
         """End every running stage; nothing more is started."""
@@ -85,12 +106,17 @@ class Maker:
             ender.join()
 
     @contextmanager
-    def _cores(self, wanted: int, order: int):
-        """Hold cores. Strictly in order: a stage that needs all cores is not overtaken forever by small ones."""
+    def _room(self, wanted: int, order: int):
+        """Hold slots. Strictly in order: a stage that needs all of them is not overtaken forever by small ones."""
+        def mine() -> bool:
+            sooner = sum(o < order and until > time.monotonic() for o, until in self._expected.items())
+            return self._cancelled.is_set() or (self._free >= wanted + sooner and order == min(self._waiting))
+
         with self._turn:
             self._waiting.append(order)
-            self._turn.wait_for(lambda: self._cancelled.is_set()
-                                or (self._free >= wanted and order == min(self._waiting)))
+            self._arrived(order)
+            while not mine():
+                self._turn.wait(EXPECTED_SECONDS / 10 if self._expected else None)
             self._waiting.remove(order)
             self._free -= wanted
             self._turn.notify_all()
@@ -101,7 +127,10 @@ class Maker:
                 self._free += wanted
                 self._turn.notify_all()
 
-    def _make(self, node: Node, threads: int, log: Callable[[str], None]) -> dict[str, Any]:
+    def _make(self, node: Node, slots: int, log: Callable[[str], None]) -> dict[str, Any]:
+        share, threads = slots / self.slots, max(1, self.cores * slots // self.slots)
+        if self.launcher.REMOTE:
+            share, threads = 1.0, self.cores
         if self._cancelled.is_set():
             raise Cancelled(f"{node.name}: interrupted")
         folder = self.work / node.fingerprint
@@ -110,7 +139,7 @@ class Maker:
         run = self.tracker.start(node, parents)
         started, held = time.time(), []
         try:
-            self._write_spec(node, folder, threads, parents, held)
+            self._write_spec(node, folder, threads, share, parents, held)
             self.store.restore(node.fingerprint, folder / "scratch", log)  # where another host had begun
             outcome = self._launch(node, folder, threads, self._watch(run, folder, log))
             if (table := folder / "out" / "samples.json").exists():
@@ -153,8 +182,10 @@ class Maker:
 
         return on_line
 
-    def _write_spec(self, node: Node, folder: Path, threads: int, parents: dict[str, Any], held: list[str]) -> None:
-        """held: gets the address of every artifact that was fetched, to be released."""
+    def _write_spec(
+        self, node: Node, folder: Path, threads: int, share: float, parents: dict[str, Any], held: list[str]
+    ) -> None:
+        """share: of a GPU's memory. held: gets the address of every artifact that was fetched, to be released."""
 
         def place(parent: Node) -> dict[str, Any]:
             path = self.store.fetch(parent.fingerprint)
@@ -167,7 +198,7 @@ class Maker:
                           for fp, record in ancestors(self.store, parents.values()).items()},
             "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
             "threads": threads, "device": self.device if node.needs_device else "cpu",
-            "share": 1.0 if self.launcher.REMOTE else threads / self.cores,  # of a GPU's memory
+            "share": share,
             "processes": self.devices if node.distributed else 1,
             "mirror": self.store.mirror(node.fingerprint),
         }

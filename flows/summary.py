@@ -49,9 +49,9 @@ def _scores(store: Any, nodes: list[Any]) -> Iterator[str]:
     if not rows:
         return
     domains = list(next(iter(rows.values())))
-    short = {"long_context": "long", "multilingual": "multiling"}
+    short = {"long_context": "long", "multilingual": "multiling", "instruction_following": "instr"}
     yield ""
-    yield f"  {'score (%)':<22}" + "".join(f"{short.get(d, d):>11}" for d in domains) + f"{'mean':>9}"
+    yield f"  {'score (%)':<22}" + "".join(f"{short.get(d, d)[:10]:>11}" for d in domains) + f"{'mean':>9}"
     for name, row in rows.items():
         values = [row[d] for d in domains]
         yield f"  {name:<22}" + "".join(f"{v:>11.1f}" for v in values) + f"{sum(values) / len(values):>9.1f}"

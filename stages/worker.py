@@ -19,16 +19,40 @@ import sys
 import traceback
 import warnings
 
+from stages.model import cuda
 from stages.run import PR_SET_PDEATHSIG, main, passive_threads
 
-# On a GPU without what starts CUDA when it is imported (Transformer Engine does): a fork could not use it any more.
-PRELOAD = {
-    "cpu": ("torch", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
-            "transformers.models.cohere2.modeling_cohere2", "pyarrow.parquet", "tokenizers"),
-    "cuda": ("torch", "pyarrow.parquet", "tokenizers"),
-}  # fmt: skip
+PRELOAD = ("torch", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
+           "transformers.models.cohere2.modeling_cohere2", "pyarrow.parquet", "tokenizers")  # fmt: skip
 GRACE_SECONDS = 5.0
 PR_SET_CHILD_SUBREAPER = 36
+
+
+def preload(device: str) -> bool:
+    """Import the slow libraries; whether forks of this process can do what a fresh one can: none has a GPU once CUDA has been
+    started, and what an import fails at is told by the stage that needs it."""
+    passive_threads()
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # of pyarrow's allocator, else from its import on
+    given = os.environ.get("CUDNN_HOME")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU, as Transformer Engine's import does, starts none
+        cuda.prepare()
+        # The driver's own thread, idle before CUDA is started; there is no other (tests/gpu/test_worker.py).
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+    with warnings.catch_warnings(action="ignore"):  # Megatron-core advises to install Apex; what is used instead is meant
+        try:
+            for name in PRELOAD:
+                importlib.import_module(name)
+            forkable = device == "cpu" or not cuda.started()
+        except Exception:
+            traceback.print_exc()
+            forkable = False
+    gc.freeze()
+    if not forkable and given is None:
+        os.environ.pop("CUDNN_HOME", None)  # else a fresh process would take it for the user's
+    return forkable
 
 
 def serve(device: str) -> None:
@@ -39,16 +63,7 @@ def serve(device: str) -> None:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # grandchildren of a dead stage come to us, to be ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: _end())
-    passive_threads()
-    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # of pyarrow's allocator, else from its import on
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    else:
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not start CUDA either
-    with warnings.catch_warnings(action="ignore"):  # Megatron-core advises to install Apex; a CPU has no use for it
-        for name in PRELOAD[device]:
-            importlib.import_module(name)
-    gc.freeze()
+    forkable = preload(device)
     wake, alarm = os.pipe()
     os.set_blocking(alarm, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -67,12 +82,12 @@ def serve(device: str) -> None:
                 return _end()
             *lines, pending = (pending + chunk).split(b"\n")
             for request in map(json.loads, lines):
-                pid = _fork(request, libc, answers)
+                pid = _fork(request, libc, answers, forkable)
                 jobs[pid] = request["job"]
                 answers.write(json.dumps({"job": request["job"], "pid": pid}) + "\n")
 
 
-def _fork(request: dict, libc: ctypes.CDLL, answers) -> int:
+def _fork(request: dict, libc: ctypes.CDLL, answers, forkable: bool) -> int:
     # Blocked until the child has left this process's handlers behind: a SIGTERM in between would run ours in it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
@@ -93,6 +108,8 @@ def _fork(request: dict, libc: ctypes.CDLL, answers) -> int:
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ["OMP_NUM_THREADS"] = str(request["threads"])
+        if not forkable:
+            os.execv(sys.executable, [sys.executable, "-m", "stages.run", request["spec"]])
         status = main(request["spec"])
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1

@@ -1,6 +1,6 @@
 """What the last run's report claims, as Markdown: each model's scores, and each claim with its interval.
 
-    cuvee run scale=h100x1_show cluster=h100x1 cluster.concurrent_stages=6 && python infra/bench/claims.py
+    cuvee run scale=h100x1_show cluster=h100x1 cluster.concurrent_stages=8 && python infra/bench/claims.py
 """
 
 import json
@@ -24,9 +24,9 @@ def main() -> None:
     for name, row in found["models"].items():
         means = [100 * row["domains"][domain]["value"] for domain in found["domains"]]
         print(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} | {sum(means) / len(means):.1f} |")
-    print("\n| claim | on | measure | prompts | value | 95 % | shown |\n|---|---|---|---:|---:|---:|---|")
+    print("\n| claim | on | measure | prompts | seed | value | 95 % | shown |\n|---|---|---|---:|---:|---:|---:|---|")
     for one in found["claims"]:
-        print(f"| {one['claim']} | {one['on']} | {one['measure']} | {one['prompts']} | {one['value']:+.3f} "
+        print(f"| {one['claim']} | {one['on']} | {one['measure']} | {one['prompts']} | {one['seed']} | {one['value']:+.3f} "
               f"| {one['low']:+.3f} ... {one['high']:+.3f} | {'yes' if one['shown'] else 'no'} |")  # fmt: skip
 
 

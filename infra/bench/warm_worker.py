@@ -1,6 +1,6 @@
-"""What a warm worker saves: the same small stage as a fork of it, and as a fresh `python -m stages.run`, in turn.
+"""What a warm worker saves: the same small stage as a fork of it, and as a fresh process with the same imports, in turn.
 
-    python infra/bench/warm_worker.py [rounds]
+    python infra/bench/warm_worker.py [rounds] [cpu|cuda]
 """
 
 import json
@@ -11,19 +11,19 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from flows.launchers.local import Launcher
 from stages.stage import load
-from stages.worker import PRELOAD
 
 
-def main(rounds: int) -> None:
-    launcher = Launcher()
+def main(rounds: int, device: str = "cpu") -> None:
+    launcher = Launcher(SimpleNamespace(device=device, devices=1))
     times: dict[str, list[float]] = {"fork of the warm worker": [], "fresh process": []}
     with tempfile.TemporaryDirectory() as folder:
-        spec = write_spec(Path(folder))
+        spec = write_spec(Path(folder), device)
         launcher.launch(spec, Path(folder) / "log", 1).wait(lambda line: None)  # the worker's own start is paid once
-        fresh = [sys.executable, "-c", f"import {', '.join(PRELOAD['cpu'])}; from stages.run import main; main({str(spec)!r})"]
+        fresh = [sys.executable, "-c", f"from stages import worker; worker.preload({device!r}); worker.main({str(spec)!r})"]
         for _ in range(rounds):
             started = time.perf_counter()
             launcher.launch(spec, Path(folder) / "log", 1).wait(lambda line: None)
@@ -38,7 +38,7 @@ def main(rounds: int) -> None:
     print(f"ratio {cold / warm:.1f}, {cold - warm:.1f} s saved a stage ({rounds} rounds)")
 
 
-def write_spec(folder: Path) -> Path:
+def write_spec(folder: Path, device: str) -> Path:
     """A stage of almost no work: curate one small file."""
     text = folder / "text.py"
     text.write_text(Path(json.__file__).read_text())
@@ -46,11 +46,11 @@ def write_spec(folder: Path) -> Path:
     config |= {"sources": [str(text)], "blocks": ["split"], "options": {"split": {"heldout": 0}}}
     spec = {"stage": "data.curate", "name": "corpus", "config": config, "inputs": {}, "ancestors": {}, "threads": 1,
             "out": str(folder / "out"), "scratch": str(folder / "scratch"), "result": str(folder / "result.json"),
-            "device": "cpu"}
+            "device": device}
     path = folder / "spec.json"
     path.write_text(json.dumps(spec))
     return path
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, *sys.argv[2:])

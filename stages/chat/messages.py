@@ -8,6 +8,7 @@ beside them (stages.chat.render.VARIABLES). A message has a role and a text or a
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -50,6 +51,41 @@ def conversation(record: Any) -> dict[str, Any]:
     if unknown := sorted(called - known):
         raise Refused("tool_calls: a function that `tools` does not declare", unknown)
     return row
+
+
+def preference(record: Any) -> dict[str, Any]:
+    """`messages` up to where the assistant answers, `completions` (two or more texts) with `rewards`, and what the record has
+    of VARIABLES. `chosen` and `rejected` are rewarded 1 and 0; or the record has `completions` and `rewards`. An answer is a text
+    or messages, of which the ones before the last are the prompt, which is otherwise `prompt` or `messages`. Raises Refused."""
+    if not isinstance(record, dict):
+        raise Refused("no JSON object", record)
+    record = _present(record)
+    if "chosen" in record and "rejected" in record:
+        answers, rewards = [record["chosen"], record["rejected"]], [1.0, 0.0]
+    else:
+        answers, rewards = _decoded(record.get("completions")), _decoded(record.get("rewards"))
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise Refused("expected chosen and rejected, or completions (two or more) and rewards", sorted(record))
+    numbers = isinstance(rewards, list) and all(type(r) in (int, float) and math.isfinite(r) for r in rewards)
+    if not numbers or len(rewards) != len(answers):
+        raise Refused("rewards: expected a finite number for each of completions", rewards)
+    prompt = record.get("prompt", record.get("messages", []))
+    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    own = {name: record[name] for name in VARIABLES if name in record}
+    rows = [conversation({**own, "messages": _before(answer, prompt)}) for answer in answers]
+    if any(row["messages"][:-1] != rows[0]["messages"][:-1] for row in rows):
+        raise Refused("the answers are to different prompts", [row["messages"][:-1] for row in rows])
+    last = [row["messages"][-1] for row in rows]
+    if any(one.keys() != {"role", "content"} or not isinstance(one["content"], str) for one in last):
+        raise Refused("the answers: expected texts, without thinking or calls", last)
+    rewards = [float(reward) for reward in rewards]
+    return rows[0] | {"messages": rows[0]["messages"][:-1], "completions": [one["content"] for one in last], "rewards": rewards}
+
+
+def _before(answer: Any, prompt: list[Any]) -> list[Any]:
+    """The conversation that ends with an answer."""
+    turns = answer if isinstance(answer, list) else [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
+    return turns if len(turns) > 1 else [*prompt, *turns]
 
 
 def _present(value: Any) -> Any:

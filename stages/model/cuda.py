@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED, of every call of the driver before cuInit
+
 
 def prepare() -> None:
     """Give Transformer Engine the cuDNN that torch brought. To be called before its import.
@@ -24,6 +26,15 @@ def prepare() -> None:
 
     for library in sorted(folder.glob("lib/libcudnn*.so.*")):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def started() -> bool:
+    """Whether this process has started CUDA, itself or through a library: then no fork of it can use a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != NOT_INITIALIZED
 
 
 def free_memory() -> int:

@@ -6,7 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.stage import Artifact, ConfigError, Context, CuveeError, names, option, placement, resolve, unknown
+from stages.stage import (
+    Artifact,
+    ConfigError,
+    Context,
+    CuveeError,
+    identity,
+    names,
+    option,
+    placement,
+    resolve,
+    unknown,
+)
+from stages.teacher.client import teachers
+from stages.teacher.judge import Grader
 
 
 @dataclass
@@ -35,20 +48,34 @@ class SampleConfig(EngineConfig):
     temperature: float = option(1.0, "of sampling; 0 takes the likeliest token")
     with_answer: bool = option(False, "add the prompt's reference answer as one more completion")
     rewards: dict[str, float] = option(
-        {}, "weight of each reward of stages/rewards by name; empty takes the verifier alone"
+        {}, "weight of each reward of stages/rewards, and of each judge, by name; empty takes the verifier alone"
     )
+    judges: dict[str, Any] = placement({}, "teachers by name that grade completions, 0 to 1; see stages/teacher/client.py")
+    judges_budget: float = placement(0.0, "most that a process spends on a judge, in its prices' currency; 0 = no limit")
 
     def reward_weights(self) -> dict[str, float]:
         """Name -> weight, in alphabetical order, those of weight 0 left out. A dictionary default would stay in every
         configuration that names other rewards: that is why the verifier is implied, not the default."""
         return {name: weight for name, weight in sorted((self.rewards or {"verifier": 1.0}).items()) if weight}
 
+    def graders(self) -> dict[str, Any]:
+        """What of the judges decides their grades: the model and how it is sampled, not where it runs. For the address."""
+        found = {name: identity(teacher) for name, teacher in teachers(self.judges, "judges").items()}
+        return {"judges": found} if found else {}
+
     def check_sampling(self, inputs: dict[str, Any]) -> None:
         """Raises ConfigError for what no run could sample or judge. inputs: the stage's, by argument."""
         check_mix(self.mix, inputs)
+        teachers(self.judges, "judges")
+        known = [*names("rewards"), *self.judges]
         for name in self.rewards:
-            if name not in names("rewards"):
-                raise ConfigError(f"rewards: {unknown(name, names('rewards'))}")
+            if name not in known:
+                raise ConfigError(f"rewards: {unknown(name, known)}")
+        for name in self.judges:
+            if known.count(name) > 1:
+                raise ConfigError(f"judges: {name} is a reward's name too (stages/rewards/{name}.py); give the judge another")
+            if not self.rewards.get(name):
+                raise ConfigError(f"judges: {name} has no weight in rewards; give it one, e.g. rewards={{verifier: 1.0, {name}: 0.5}}")
         if not self.reward_weights():
             raise ConfigError(
                 f"rewards: {self.rewards} rewards nothing; give at least one reward a weight other than 0"
@@ -132,18 +159,20 @@ def render_prompt(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
 
 
 def answer_ids(tokenizer: Any, row: dict[str, Any], answer: str) -> list[int]:
-    """Tokens of the assistant's turn with `answer`, the end of turn included, as they follow the rendered prompt of the row.
+    """Tokens of the assistant's turn with `answer` as they follow the rendered prompt of the row, the end of turn last: as a
+    policy samples them, without what a template (ChatML: a newline) writes after it.
 
     Raises CuveeError when the chat template does not write a prompt as the beginning of the whole conversation.
     """
     from stages.chat.render import render_row
 
     prompt = render_prompt(tokenizer, row)
-    whole = render_row(tokenizer, row, answer).ids
-    if whole[: len(prompt)] != prompt:
+    whole = render_row(tokenizer, row, answer)
+    if whole.ids[: len(prompt)] != prompt:
         raise CuveeError("chat template: a prompt is not the beginning of the same conversation with its answer; "
                          "mend the template, its generation prompt must be what it writes before an answer")  # fmt: skip
-    return whole[len(prompt) :]
+    turn = zip(whole.ids[len(prompt) :], whole.mask[len(prompt) :], strict=True)
+    return [token for token, spoken in turn if spoken]
 
 
 class Sampler:
@@ -156,7 +185,10 @@ class Sampler:
         self.rewards = {
             name: resolve("rewards", name).Reward(ctx, reward_model if name == "reward_model" else None)
             for name in config.reward_weights()
+            if name not in config.judges
         }
+        for name, teacher in teachers(config.judges, "judges").items():
+            self.rewards[name] = Grader(name, teacher, config.judges_budget, ctx)
 
     def __call__(
         self, prompts: list[dict[str, Any]], seed: int, share: tuple[int, int] | None = None
@@ -200,6 +232,12 @@ class Sampler:
         self.seconds["generating"] += generated - began
         self.seconds["rewarding"] += time.monotonic() - generated
         return rows
+
+
+    def spent(self) -> dict[str, float]:
+        """What each judge was asked, and for how much."""
+        graders = {name: reward.client.usage[name] for name, reward in self.rewards.items() if isinstance(reward, Grader)}
+        return {f"{field}/{name}": float(getattr(use, field)) for name, use in graders.items() for field in ("requests", "cost")}
 
 
 def statistics(rows: list[dict[str, Any]], sampled: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from stages.rollout._collect import (
 )
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 
-VERSION = "6"
+VERSION = "7"
 INPUTS = {
     "policy": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -37,6 +37,10 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     config.check_sampling(inputs)
     if config.prompts < 1:
         raise ConfigError(f"prompts: {config.prompts} samples nothing; give at least 1")
+
+
+def external(config: Config) -> dict[str, Any]:
+    return config.graders()
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -61,7 +65,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     if not fits:
         raise CuveeError(f"sequence_length: no prompt is within {longest} tokens (sequence_length - max_new_tokens); "
                          f"raise sequence_length")  # fmt: skip
-    refuse_idle(list(config.reward_weights()), fits)
+    refuse_idle([name for name in config.reward_weights() if name not in config.judges], fits)
     rows = sampler(fits, config.seed)
     seconds = max(sampler.seconds["generating"], 1e-9)
     write_jsonl(out / "samples.jsonl", rows)
@@ -75,4 +79,4 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     tokens = sum(len(t) for row in rows for t in row["tokens"][: config.completions])
     ctx.log(f"{len(rows)} prompts, {tokens} tokens in {seconds:.1f} s; {len(chosen) - len(fits)} prompts too long")
-    return {**summary["all"], "tokens_per_second": tokens / seconds}
+    return {**summary["all"], "tokens_per_second": tokens / seconds, **sampler.spent()}

@@ -30,6 +30,7 @@ KEPT = 2  # checkpoints in the bucket
 INDEX = ".metadata"  # torch's index of a checkpoint, which it reads with pickle
 INDEX_NAMES = re.compile(r"torch\.distributed\.checkpoint\.\w+\.\w+|torch\.serialization\._get_layout|torch\.Size|"
                          r"torch\.(bool|b?float|u?int|complex)[0-9]*\w*")
+BESIDE = (".jsonl", ".npz")  # what a stage keeps beside its checkpoints: its metrics, rollouts and their values
 COMMIT = "commit.json"  # what makes a folder a checkpoint, see stages/trainer/checkpoint.py
 
 
@@ -46,11 +47,11 @@ class Mirror:
         return self._open()
 
     def send(self, checkpoint: Path, names: list[str]) -> dict[str, list[str]]:
-        """Send what the bucket lacks of files of a committed checkpoint; with its mark go the stage's JSON lines beside it.
+        """Send what the bucket lacks of files of a committed checkpoint; with its mark goes what lies BESIDE it.
         Returns file, relative to the scratch folder -> SHA-256 of each of its chunks. Raises CuveeError, OSError."""
         scratch, files = checkpoint.parents[1], [checkpoint / name for name in names]
         if COMMIT in names:
-            files += sorted(p for p in scratch.rglob("*.jsonl") if checkpoint.parent not in p.parents)
+            files += _beside(scratch)
         there = {name for name, _ in self.bucket.names(f"{self.base}chunks/")}
         table: dict[str, list[str]] = {}
         with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -97,6 +98,10 @@ class Mirror:
         self.bucket.delete(*(name for name, _ in self.bucket.names(self.base)))
 
 
+def _beside(scratch: Path) -> list[Path]:
+    return sorted(p for p in scratch.rglob("*") if p.suffix in BESIDE and scratch / "checkpoints" not in p.parents)
+
+
 def _impatient(bucket: Bucket) -> Bucket:
     bucket.patience = PATIENCE_SECONDS
     return bucket
@@ -123,7 +128,7 @@ def pull_checkpoint(bucket: Bucket, base: str, name: str, scratch: Path) -> Path
         if not (part / own / COMMIT).exists():
             raise CuveeError(f"{bucket.uri}/{base}{name}.json names no committed checkpoint")
         _check_index(part / own / INDEX)
-        for path in [p for p in part.rglob("*.jsonl") if part / "checkpoints" not in p.parents]:
+        for path in _beside(part):
             beside = scratch / path.relative_to(part)
             beside.parent.mkdir(exist_ok=True)
             path.replace(beside)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.chat.messages import said
-from stages.teacher.client import Client, Request
+from stages.chat.render import response
+from stages.stage import Context
+from stages.teacher.client import Client, Request, Teacher
 
 PAIR = """You compare two answers to the last message of a conversation. Judge whether they are right, follow the instructions, \
 and are of use, in this order; not their length, style or order.{reference}
@@ -84,6 +86,19 @@ def grade(client: Client, judge: str, rows: list[dict[str, Any]], answers: list[
     """Points, 0 to 5, in the shape of `answers`; 0 for a judgement in another form."""
     found = iter([float(_read(POINTS, done.text) or 0) for done in client.complete(grades(judge, rows, answers))])
     return [[next(found) for _ in texts] for texts in answers]
+
+
+class Grader:
+    """A judge as a reward: its points over five, of what the user would read of each completion. Kept in the scratch folder
+    by request, so that a run which goes on pays nothing twice."""
+
+    def __init__(self, name: str, teacher: Teacher, budget: float, ctx: Context):
+        self.name, self.client = name, Client({name: teacher}, ctx.scratch / "grades", budget=budget, log=ctx.log)
+
+    def __call__(self, prompts: list[dict[str, Any]], completions: list[list[str]]) -> list[list[float]]:
+        """0 to 1, a row a prompt."""
+        answers = [[response(text) for text in texts] for texts in completions]
+        return [[points / 5 for points in row] for row in grade(self.client, self.name, prompts, answers)]
 
 
 def _ask(form: str, row: dict[str, Any], **texts: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from stages.stage import CuveeError
 from stages.trainer.batch import Group, Loss, Packed, Sequence
 from stages.trainer.parallel import on_first
 
@@ -35,7 +37,7 @@ class Criticised:
 
     def __init__(self, stream: Any, critic: Critic, config: Any, ctx: Any):
         self.stream, self.critic, self.config, self.ctx = stream, critic, config, ctx
-        self.block, self.values = -1, {}
+        self.block, self.values, self.streak = -1, {}, 0
         self.folder = ctx.scratch / "rollouts"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -46,8 +48,14 @@ class Criticised:
         groups = self._judged(groups, trainer)
         lr = self.critic.options.value_lr * self.config.learning_rate(step)
         found = trainer.critic.step(groups, lr)
+        self.streak = self.streak + 1 if found["skipped"] else 0
+        if self.streak > self.config.max_skipped:
+            raise CuveeError(
+                f"max_skipped: the value network's loss or its gradient was NaN or infinite in {self.streak} steps in a row, the "
+                f"last one {step + 1}; lower options.value_lr"
+            )
         if dist.get_rank() == 0:
-            told = {f"value/{name}": found[name] for name in ("loss", "grad_norm", "value_clipped") if name in found}
+            told = {f"value/{name}": found[name] for name in ("loss", "grad_norm", "skipped", "value_clipped") if name in found}
             self.ctx.metrics(step, **told, **self._fit(groups))
         return [] if step < self.critic.options.value_steps else groups
 
@@ -76,7 +84,10 @@ class Criticised:
     def _values(self, trainer: Any) -> dict[int, np.ndarray]:
         """The values of each sequence of the block (by its id), of the network as it was at the block's first step."""
         groups = [group for found in self.stream.groups for group in found]
-        file = self.folder / f"block-{self.stream.current:06d}.npz"
+        flat = [sequence for group in groups for sequence in group]
+        # By the tokens, for a block that another host has sampled anew has other values.
+        digest = hashlib.sha256(b"".join(sequence.tokens.tobytes() for sequence in flat)).hexdigest()[:16]
+        file = self.folder / f"block-{self.stream.current:06d}-{digest}.npz"
         if not on_first(file.exists):
             values, part = trainer.critic.values(groups), file.with_suffix(".part")
 
@@ -87,7 +98,7 @@ class Criticised:
 
             on_first(write)
         with np.load(file) as saved:
-            return {id(sequence): saved[f"arr_{i}"] for i, sequence in enumerate(s for group in groups for s in group)}
+            return {id(sequence): saved[f"arr_{i}"] for i, sequence in enumerate(flat)}
 
     @staticmethod
     def _fit(groups: list[Group]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 An objective's GROUP says what a group is: "single" (one conversation), "pair" (preferred and other), "revisions" (the six
 sequences of a pair that SRPO needs), "completions" (all k of a prompt, with their rewards). Every sequence carries the
-same fields: reward, chosen, draft, label, margin, sft (see stages/objectives); sft is 1 on the plain preferred one.
+same fields: reward, chosen, draft, label, margin, sft (see stages/objectives); sft is 1 on the plain preferred one if it ended.
 """
 
 import math
@@ -17,6 +17,7 @@ from stages.stage import ConfigError, CuveeError, identity, option, parse, resol
 from stages.trainer.batch import Group, Loss, Packed, Sequence
 
 REVISE = "Improve your answer."  # the user's turn after a draft, from which the policy answers again (SRPO's reviser)
+SMALLEST_GAP = 1e-9  # between rewards: less is the rounding of their sum
 
 
 @dataclass
@@ -62,6 +63,16 @@ class ObjectiveConfig:
 def needs_values(module: Any) -> bool:
     """Whether an objective reads the advantages that a value network gives each token."""
     return getattr(module, "NEEDS_VALUES", False)
+
+
+def grouper_of(config: ObjectiveConfig, module: Any, tokenizer: Any, **limits: Any) -> "Grouper":
+    """The Grouper of the objective `module`: a single completion is enough where each counts by itself, and with dynamic
+    sampling completions rewarded alike make no group."""
+    least = max(config.min_gap, SMALLEST_GAP) if getattr(module, "DYNAMIC_SAMPLING", False) else config.min_gap
+    return Grouper(
+        tokenizer, module.GROUP, config.sequence_length, min_gap=least, mask_special=config.mask_special,
+        fewest=1 if module.COUNT == "sequences" else 2, **limits,
+    )  # fmt: skip
 
 
 def objective(config: ObjectiveConfig, *groups: str) -> Callable[[Packed], Loss]:
@@ -115,21 +126,23 @@ def make_sequence(
 
 class Grouper:
     """Builds groups of one kind. Limits: sequence_length in tokens; the highest and lowest reward of a
-    group differ by min_gap at least, and those of a pair always differ.
+    group differ by min_gap at least, and those of a pair always differ; a single one is rewarded min_reward at least.
 
     soft_label s > 0 labels a pair p = sigmoid(s * gap) instead of 1; margin m asks for a score gap of m * gap.
     behaviour: `completions` carry the log-probabilities of their sampling; CuveeError for a row without. mask_special:
     special tokens are no targets: in both of a pair they would be raised and lowered (Llama 3, arXiv 2407.21783, 4.1.4).
+    fewest: completions of a prompt that make a group; where each counts by itself (KTO) one is enough. What was cut off is
+    never imitated, for it would teach not to stop.
     """
 
     def __init__(
         self, tokenizer: Any, kind: str, sequence_length: int, *, min_gap=0.0, soft_label=0.0, margin=0.0, per_prompt=1,
-        behaviour=False, mask_special=False,
+        behaviour=False, mask_special=False, min_reward=float("-inf"), fewest=2,
     ):  # fmt: skip
         self.tokenizer, self.kind, self.sequence_length = tokenizer, kind, sequence_length
         self.masked = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special] if mask_special else []
         self.min_gap, self.soft_label, self.margin, self.per_prompt = min_gap, soft_label, margin, per_prompt
-        self.behaviour = behaviour
+        self.behaviour, self.min_reward, self.fewest = behaviour, min_reward, fewest
 
     def __call__(self, row: dict[str, Any]) -> list[Group]:
         """The groups of one row; empty where its rewards do not differ enough or a sequence is too long."""
@@ -148,14 +161,17 @@ class Grouper:
         return groups
 
     def _single(self, prompt, completions, row) -> list[Group]:
-        ended = [i for i, ids in enumerate(completions) if ids[-1:] == [self.tokenizer.eos_token_id]]
-        if not ended:  # what was cut off would teach not to stop
+        found = [i for i, r in enumerate(row["rewards"]) if r >= self.min_reward and self._ended(completions[i])]
+        if not found:
             return []
-        sequence = make_sequence(prompt, completions[max(ended, key=lambda i: (row["rewards"][i], -i))])
+        sequence = make_sequence(prompt, completions[max(found, key=lambda i: (row["rewards"][i], -i))])
         return [[Sequence(sequence.tokens, sequence.mask)]]
 
+    def _ended(self, completion: list[int]) -> bool:
+        return completion[-1:] == [self.tokenizer.eos_token_id]
+
     def _completions(self, prompt, completions, row) -> list[Group]:
-        if len(completions) < 2 or max(row["rewards"]) - min(row["rewards"]) < self.min_gap:
+        if len(completions) < self.fewest or max(row["rewards"]) - min(row["rewards"]) < self.min_gap:
             return []
         best = int(np.argmax(row["rewards"]))
         logprobs = (row.get("logprobs") if self.behaviour else None) or [None] * len(completions)
@@ -165,7 +181,8 @@ class Grouper:
                 "sample with temperature=1 and with_answer=false, or choose an objective without ratios (copg)"
             )
         given = enumerate(zip(completions, logprobs, row["rewards"], strict=True))
-        told = max(row["rewards"]) > min(row["rewards"])  # among completions rewarded alike none is to be imitated
+        # Among completions rewarded alike none is to be imitated.
+        told = max(row["rewards"]) > min(row["rewards"]) and self._ended(completions[best])
         return [[make_sequence(prompt, c, p, reward=r, sft=float(told and i == best)) for i, (c, p, r) in given]]
 
     def _contrasts(self, rewards: list[float]) -> list[tuple[int, int]]:
@@ -183,7 +200,7 @@ class Grouper:
             label = 1 / (1 + math.exp(-self.soft_label * gap)) if self.soft_label else 1.0
             own = {"label": label, "margin": self.margin * gap}
             groups.append([
-                make_sequence(prompt, completions[w], chosen=1.0, sft=1.0, reward=row["rewards"][w], **own),
+                make_sequence(prompt, completions[w], chosen=1.0, sft=float(self._ended(completions[w])), reward=row["rewards"][w], **own),
                 make_sequence(prompt, completions[low], chosen=0.0, reward=row["rewards"][low], **own),
             ])  # fmt: skip
         return groups
@@ -198,7 +215,7 @@ class Grouper:
                 prompts[draft] = render_prompt(self.tokenizer, asked)
             groups.append([
                 make_sequence(prompts[draft], completions[i], chosen=chosen, draft=draft, reward=row["rewards"][i],
-                              sft=float(chosen == 1 and draft == -1))
+                              sft=float(chosen == 1 and draft == -1 and self._ended(completions[i])))
                 for draft in (-1.0, 0.0, 1.0)
                 for chosen, i in sides.items()
             ])  # fmt: skip

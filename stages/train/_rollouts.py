@@ -18,7 +18,7 @@ from stages.rewards._common import refuse_idle
 from stages.rollout._collect import Sampler, load_prompts, read_jsonl, render_prompt, schedule, statistics, write_jsonl
 from stages.rollout.engines._engine import parity
 from stages.stage import Context, CuveeError, resolve
-from stages.train._groups import Grouper, epoch_slice
+from stages.train._groups import epoch_slice, grouper_of
 from stages.trainer.batch import Sequence
 from stages.trainer.parallel import gathered, on_first
 
@@ -42,13 +42,11 @@ class Rollouts:
         self.engines = resolve("rollout/engines", config.engine)
         self.tokenizer = AutoTokenizer.from_pretrained(self.init)
         self.prompts = self._fitting(load_prompts(inputs["prompts"], config.mix))
-        refuse_idle(list(config.reward_weights()), [p for rows in self.prompts.values() for p in rows])
+        refuse_idle([name for name in config.reward_weights() if name not in config.judges], [p for rows in self.prompts.values() for p in rows])
         draws = len(self.files()) * config.prompts_of_block()
         self.drawn = schedule({d: len(rows) for d, rows in self.prompts.items()}, config.mix, draws, config.seed)
-        self.grouper = Grouper(
-            self.tokenizer, module.GROUP, config.sequence_length, min_gap=config.min_gap, mask_special=config.mask_special,
-            behaviour=module.NEEDS_BEHAVIOUR or (config.temperature == 1 and not config.with_answer),
-        )  # fmt: skip
+        behaviour = module.NEEDS_BEHAVIOUR or (config.temperature == 1 and not config.with_answer)
+        self.grouper = grouper_of(config, module, self.tokenizer, behaviour=behaviour)
         self.sampler: Sampler | None = None
         self.current, self.groups, self.version = -1, [], 0
         self.clock = Clock()
@@ -66,7 +64,7 @@ class Rollouts:
         self._tell(step, {"rollout/staleness": step - self.version})  # optimizer steps behind the weights in training
         if not self.groups:
             return []
-        count = min(self.config.batch_groups, len(self.groups))  # no group twice in a step
+        count = min(self.config.batch_groups, len(self.groups))  # of few groups none is taken twice, but where an epoch ends
         order = epoch_slice(len(self.groups), (step - first) * count, count, self.config.seed + first)
         return [group for i in order for group in self.groups[i]]
 

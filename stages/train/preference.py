@@ -9,8 +9,12 @@ from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind
 from stages.train._groups import ObjectiveConfig, needs_values
 from stages.trainer.config import TrainConfig
 
-VERSION = "1"
-INPUTS = {"init": Input(Kind.CHECKPOINT), "pairs": Input(Kind.PAIRS)}
+VERSION = "2"
+INPUTS = {
+    "init": Input(Kind.CHECKPOINT),
+    "pairs": Input(Kind.PAIRS),
+    "own": Input(Kind.PAIRS, optional=True),  # a user's, beside the sampled ones
+}
 OUTPUT = Kind.CHECKPOINT
 DISTRIBUTED = True
 KINDS = ("pair", "revisions", "completions")
@@ -50,18 +54,17 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     """Train and write the CHECKPOINT folder. Raises CuveeError when no prompt's rewards tell completions apart."""
     from transformers import AutoTokenizer
 
-    from stages.train._groups import Grouper, Groups, objective, prepared
+    from stages.train._groups import Groups, grouper_of, objective, prepared
     from stages.trainer.loop import train
 
     init: Path = inputs["init"].path
     module, _ = config.resolve(*KINDS)
-    rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
+    rows = [row for name in ("pairs", "own") if name in inputs for row in read_jsonl(inputs[name].path / "samples.jsonl")]
     floor = config.min_mean_reward
     good = [r for r in rows if r["rewards"] and (floor is None or sum(r["rewards"]) / len(r["rewards"]) >= floor)]
-    grouper = Grouper(
-        AutoTokenizer.from_pretrained(init), module.GROUP, config.sequence_length, min_gap=config.min_gap,
-        per_prompt=config.pairs_per_prompt, behaviour=module.NEEDS_BEHAVIOUR, mask_special=config.mask_special,
-    )  # fmt: skip
+    grouper = grouper_of(
+        config, module, AutoTokenizer.from_pretrained(init), per_prompt=config.pairs_per_prompt, behaviour=module.NEEDS_BEHAVIOUR
+    )
     prompts = [groups for groups in map(grouper, good) if groups]
     if not prompts:
         raise CuveeError(

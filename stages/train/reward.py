@@ -19,11 +19,12 @@ from stages.trainer.config import TrainConfig
 if TYPE_CHECKING:
     from stages.trainer.batch import Group
 
-VERSION = "4"
+VERSION = "5"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT, optional=True),
     "start": Input(Kind.REWARD_MODEL, optional=True),
     "pairs": Input(Kind.PAIRS),
+    "own": Input(Kind.PAIRS, optional=True),  # a user's, beside the sampled ones
     "ensemble": Input(Kind.REWARD_MODEL, many=True, optional=True),
     "probe": Input(Kind.PAIRS, optional=True),
 }
@@ -71,6 +72,8 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
     for name in ("min_gap", "soft_label", "ties", "margin", "centring"):
         if getattr(config, name) < 0:
             raise ConfigError(f"{name}: {getattr(config, name)} is negative; give 0 or more")
+    if config.elo and "own" in inputs:
+        raise ConfigError("elo: compares several raters of the same completions, which the input `own` has not; set false")
     if config.agree and not (config.strengths and "ensemble" in inputs):
         raise ConfigError(
             "agree: compares rewards with an ensemble; give the input `ensemble`, and strengths to label by"
@@ -93,7 +96,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     from stages.trainer.loop import train
 
     init: Path = (inputs.get("init") or inputs["start"]).path
-    rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
+    rows = [row for name in ("pairs", "own") if name in inputs for row in read_jsonl(inputs[name].path / "samples.jsonl")]
     if config.elo:
         rows = [row for row in map(_by_elo, rows) if row]
     kept, held_out = split(rows, config.heldout)

@@ -15,7 +15,7 @@ from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind
 from stages.train._groups import ObjectiveConfig, needs_values
 from stages.trainer.config import TrainConfig
 
-VERSION = "7"
+VERSION = "8"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True),
@@ -75,8 +75,9 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         raise ConfigError(
             "off_policy: true, but with rollout_every 0 all rollouts are sampled at the start; give rollout_every 1 or more"
         )
-    if config.completions < 1 or config.completions + config.with_answer < 2:
-        raise ConfigError(f"completions: {config.completions} contrasts nothing; give at least 2")
+    fewest = 1 if module.COUNT == "sequences" else 2
+    if config.completions < 1 or config.completions + config.with_answer < fewest:
+        raise ConfigError(f"completions: {config.completions} contrasts nothing; give at least {fewest}")
     if config.temperature == 0 and not config.with_answer:
         raise ConfigError("temperature: 0 samples the same completion each time, which contrasts nothing; give 1")
     if needs_values(module) and config.context_parallel > 1:
@@ -87,7 +88,7 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 
 
 def external(config: Config) -> dict[str, Any]:
-    return config.external()
+    return config.external() | config.graders()
 
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
@@ -123,7 +124,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         reference=init if module.NEEDS_REFERENCE else None, critic=critic,
     )  # fmt: skip
     blocks = [read_jsonl(path) for path in stream.files()]
-    if not any(len(set(row["rewards"])) > 1 and stream.grouper(row) for rows in blocks for row in rows):
+    by_itself = module.COUNT == "sequences"  # each completion, whatever the others are rewarded
+    if not any((by_itself or len(set(row["rewards"])) > 1) and stream.grouper(row) for rows in blocks for row in rows):
         raise CuveeError(
             f"rewards: no prompt of any rollout has completions that differ by more than min_gap {config.min_gap} (or they "
             f"exceed sequence_length {config.sequence_length}), so nothing was learned; sample more completions, or set "

@@ -13,7 +13,7 @@ from stages.rollout._collect import check_mix, load_prompts, read_jsonl, schedul
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.trainer.config import TrainConfig
 
-VERSION = "2"
+VERSION = "3"
 INPUTS = {
     "init": Input(Kind.CHECKPOINT),
     "prompts": Input(Kind.PROMPTS, many=True, optional=True),
@@ -77,16 +77,20 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     make = BestOfN if "pairs" in inputs else Conversations
     if config.by_size:
         config = _sized(config, inputs, ctx)
-    stream, module, options = make(config, inputs, tokenizer, ctx), ce, ce.Config()
+    own, module, options = make(config, inputs, tokenizer, ctx), ce, ce.Config()
+    stream: Any = own
     if "teacher" in inputs:
         from stages.train._teacher import Teacher
 
         module, options = distill, distill.Config(weight=config.teacher_weight)
-        stream = Prepared(stream, Teacher(inputs["teacher"].path, init, config.teacher_top_k, ctx))
-    return train(
+        stream = Prepared(own, Teacher(inputs["teacher"].path, init, config.teacher_top_k, ctx))
+    metrics = train(
         config=config, stream=stream, objective=lambda batch: module.loss(batch, options), out=out, ctx=ctx,
         init=init, tokenizer=init,
     )  # fmt: skip
+    if isinstance(own, Conversations) and own.dropped:
+        ctx.log(f"{own.dropped} times a conversation was drawn that is longer than sequence_length {config.sequence_length}")
+    return metrics
 
 
 def _sources(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -184,16 +188,15 @@ class BestOfN:
         from stages.train._groups import Grouper, Groups
 
         rows = read_jsonl(inputs["pairs"].path / "samples.jsonl")
-        good = [row for row in rows if row["rewards"] and max(row["rewards"]) >= config.min_reward]
-        grouper = Grouper(tokenizer, "single", config.sequence_length)
-        groups = [found for found in map(grouper, good) if found]
+        grouper = Grouper(tokenizer, "single", config.sequence_length, min_reward=config.min_reward)
+        groups = [found for found in map(grouper, rows) if found]
         if not groups:
             raise CuveeError(
-                f"min_reward: of {len(rows)} prompts {len(good)} have a completion rewarded {config.min_reward} or more, "
-                f"none within sequence_length {config.sequence_length}; lower min_reward or sample more"
+                f"min_reward: none of {len(rows)} prompts has a completion that ended, is rewarded {config.min_reward} or more "
+                f"and stays within sequence_length {config.sequence_length}; lower min_reward or sample more"
             )
         ctx.log(
-            f"best of N: {len(groups)} of {len(rows)} prompts have a completion rewarded {config.min_reward} or more"
+            f"best of N: {len(groups)} of {len(rows)} prompts have a completion rewarded {config.min_reward} or more that ended"
         )
         self.groups = Groups(groups, config.batch_groups, config.seed)
         self.replay = Replay(config, inputs["tokens"]) if config.replay else None

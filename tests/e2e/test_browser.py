@@ -120,12 +120,12 @@ def test_a_run_from_the_form_then_mlflow(services, page):
     page.goto(f"{prefect}/runs/flow-run/{runs[0]['id']}")
     page.get_by_text("tokenizer").first.wait_for()
     shown = {a["key"]: a["data"] for a in api(prefect, "/artifacts/filter", {}) if a["flow_run_id"] == runs[0]["id"]}
-    assert "prompts-code" in shown["plan"] and "9 of 9 stages will run" in shown["plan"]
+    assert "prompts-code" in shown["plan"] and "10 of 10 stages will run" in shown["plan"]
     link = shown["result"].split("](")[1].split(")")[0]
     page.goto(link)
     page.get_by_text("data.tokens").first.wait_for()
     page.goto(experiment_page(mlflow, "command_a"))
-    page.get_by_text("command_a (9 stages)").first.wait_for()
+    page.get_by_text("command_a (10 stages)").first.wait_for()
     assert experiment_page(mlflow, "none") == f"{mlflow}/#/experiments?workflowType=machine_learning"
 
 

@@ -58,7 +58,7 @@ def records(home, state="state"):
 def test_the_whole_recipe(home):
     out = cuvee(home, "run", "scale=micro").stdout
     made = records(home)
-    assert len(made) == 62 and "62 of 62 stages to make" in out
+    assert len(made) == 73 and "73 of 73 stages to make" in out
     assert [p.name for p in home.iterdir()] == ["state"]  # nothing is left beside the state directory
     for line in ("polished", "cuvee chat polished", "report.html", "mlflow", "prefect"):
         assert line in out
@@ -121,13 +121,13 @@ def test_mlflow_has_a_run_an_artifact_linked_to_its_inputs(home):
     run = client.get_run(made["polished"]["mlflow"]["run_id"])
     assert run.data.tags["cuvee.fingerprint"] == made["polished"]["fingerprint"]
     assert run.info.status == "FINISHED" and run.data.params["skip"] == "6"
-    assert made["preference"]["mlflow"]["model_id"] in {m.model_id for m in run.inputs.model_inputs}
+    assert made["preference-2"]["mlflow"]["model_id"] in {m.model_id for m in run.inputs.model_inputs}
     assert made["polished"]["mlflow"]["model_id"] in {m.model_id for m in run.outputs.model_outputs}
     assert len(client.get_metric_history(made["pretrained"]["mlflow"]["run_id"], "loss")) >= 12
     version = client.get_model_version_by_alias("cuvee-command-a", "polished")
     assert version.tags["cuvee.fingerprint"] == made["polished"]["fingerprint"]
     parents = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.data.tags['mlflow.parentRunId']}'")
-    assert len(parents) == 62
+    assert len(parents) == 73
 
 
 def test_plan_names_what_a_changed_learning_rate_remakes(home):
@@ -207,7 +207,7 @@ def test_kill_9_then_the_same_bytes(home):
             time.sleep(0.1)
         assert below(state) == []  # worker, stage and server have followed
     out = cuvee(home, "run", *recipe, state="killed").stdout
-    assert "1 of 10 stages to make" in out
+    assert "1 of 11 stages to make" in out
     log = next((state / "work").glob("*/log.txt")).read_text()
     assert "resumed after step" in log
     resumed = records(home, "killed")["pretrained"]
@@ -270,7 +270,7 @@ def test_instruct_learns_the_best_answers_of_teachers(home, server):
     teachers = ", ".join(model.format(name=name, address=address) for name in ("good", "endless"))
     out = cuvee(home, "run", "scale=micro", "synthetic.prompts=12", "synthetic.mix={math: 1.0}",
                 f"synthetic.teachers={{{teachers}}}", "--until", "instruct").stdout  # fmt: skip
-    assert "2 of 13 stages to make" in out
+    assert "2 of 14 stages to make" in out
     made = records(home)
     own, folder = made["synthetic"], home / "state/store/artifacts" / made["synthetic"]["fingerprint"]
     assert own["metrics"]["conversations"] == 12 and own["metrics"]["chosen/good"] == 1.0 and own["metrics"]["reward"] == 1.0

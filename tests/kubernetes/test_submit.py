@@ -37,7 +37,7 @@ def test_an_artifact_made_by_a_pod_equals_one_made_here(place, documents):  # no
     for name, launcher in (("there", place.launcher()), ("here", Launcher())):
         store = LocalStore(place.volume / name)
         lines = []
-        Maker(store, launcher, NoTracker(), place.volume / f"work-{name}", 1).make(node([copied]), 1, 0, lines.append)
+        Maker(store, launcher, NoTracker(), place.volume / f"work-{name}", 1).make(node([copied]), True, 0, lines.append)
         assert any("documents removed" in line for line in lines)
         stores.append({r["fingerprint"]: r["files"] for r in map(store.record, store.fingerprints())})
         launcher.close()
@@ -47,7 +47,7 @@ def test_an_artifact_made_by_a_pod_equals_one_made_here(place, documents):  # no
     (short / "a.txt").write_text("too short")
     with pytest.raises(CuveeError, match="^corpus: "):
         Maker(LocalStore(place.volume / "there"), place.launcher(), NoTracker(), place.volume / "work", 1).make(
-            node([short]), 1, 0, print)  # fmt: skip
+            node([short]), True, 0, print)  # fmt: skip
 
 
 def test_plan_asks_the_cluster_and_leaves_nothing(place):

@@ -50,7 +50,7 @@ def test_a_killed_worker_is_replaced_and_its_stage_made(maker, documents, launch
             return job
 
     maker.launcher = Dying()
-    record = maker.make(node([documents]), 1, 0, lambda line: told.append((time.monotonic(), line)))
+    record = maker.make(node([documents]), True, 0, lambda line: told.append((time.monotonic(), line)))
     (at, children), = killed
     assert record["files"] and children and psutil.wait_procs(children, timeout=60)[1] == []
     (noticed, line) = [one for one in told if "starting again" in one[1]][-1]
@@ -77,12 +77,38 @@ def test_deaths_count_only_until_the_stage_gets_on(maker, documents, launcher): 
             return -9
 
     maker.launcher = Preempted()
-    assert maker.make(node([documents]), 1, 0, print)["files"] and maker.launcher.starts == 6
+    assert maker.make(node([documents]), True, 0, print)["files"] and maker.launcher.starts == 6
 
 
 def test_the_worker_forks_without_threads(maker, documents, launcher):  # noqa: F811
-    assert maker.make(node([documents]), 1, 0, print)["files"]
+    assert maker.make(node([documents]), True, 0, print)["files"]
     assert len(psutil.Process(launcher._worker.pid).threads()) == 1
+
+
+FRESH = """
+import os
+from stages import worker
+
+def told(*arguments):
+    print("fresh:", *arguments, flush=True)
+    start(*arguments)
+
+start, os.execv = os.execv, told
+worker.PRELOAD = ("json", "no_such_library")
+worker.serve("cpu")
+"""
+
+
+def test_a_worker_whose_forks_would_lack_something_starts_fresh_processes(maker, documents, monkeypatch):  # noqa: F811
+    """Where a library starts CUDA when it is imported, or is broken: what needs it says so in the stage's own log."""
+    start = subprocess.Popen
+    monkeypatch.setattr(local.subprocess, "Popen", lambda command, **how: start([sys.executable, "-c", FRESH], **how))
+    maker.launcher, lines = Launcher(), []
+    try:
+        assert maker.make(node([documents]), True, 0, lines.append)["files"]
+    finally:
+        maker.launcher.close()
+    assert len([line for line in lines if line.startswith("fresh:") and "stages.run" in line]) == 1, lines
 
 
 def test_what_a_stage_left_behind_keeps_nobody_waiting(tmp_path, monkeypatch):

@@ -231,6 +231,7 @@ def checkpoint(scratch, step, blocks):
     (scratch / "metrics.jsonl").write_text("".join(f'{{"step": {s}}}\n' for s in range(1, step + 1)))
     (scratch / "rollouts").mkdir(exist_ok=True)
     (scratch / "rollouts" / "block-1.jsonl").write_text("rows")
+    (scratch / "rollouts" / "block-1-0123.npz").write_bytes(b"values")
     (scratch / "rollouts" / "weights.bin").write_text("made again where they are needed")
     return folder
 
@@ -259,7 +260,7 @@ def test_checkpoints_go_on_at_another_host(uri, endpoint, tmp_path, monkeypatch)
     restored = mirror.Mirror(uri, endpoint, "f" * 32).pull(there)
     assert restored == there / "checkpoints" / f"{6:010d}"
     assert records.digest_files(restored) == records.digest_files(here / "checkpoints" / f"{6:010d}")
-    for beside in ("metrics.jsonl", "rollouts/block-1.jsonl"):
+    for beside in ("metrics.jsonl", "rollouts/block-1.jsonl", "rollouts/block-1-0123.npz"):
         assert (there / beside).read_bytes() == (here / beside).read_bytes()
     assert sorted(path.name for path in there.iterdir()) == ["checkpoints", "metrics.jsonl", "rollouts"]
     assert mirror.Mirror(uri, endpoint, "f" * 32).pull(there) is None  # as new a one is there

@@ -10,6 +10,7 @@ from stages.chat.messages import message as checked
 from stages.chat.read import read
 from stages.chat.render import MaskError, preview, render, render_row, response
 from stages.chat.template import BOS, END_OF_TURN, PAD, SPECIAL_TOKENS, TEMPLATE, UNK, special
+from stages.rollout._collect import answer_ids
 from stages.stage import CuveeError
 
 TEXTS = ["Hello, what is 3 + 4? The answer is 7.", "def f(x):\n    return x + 3\n", "月曜日 понедельник übrig", " spaces  "] * 9
@@ -299,6 +300,18 @@ def test_command_a_writes_tool_turns_as_the_reference(tokenizer, tmp_path):
         "```json. Return only the JSON and nothing else.\nYour output should adhere to the following json schema:\n"
         f'{{"a": 1}}{END_OF_TURN}'
     ) in text
+
+
+@pytest.mark.parametrize("name", TEMPLATE)
+def test_an_answer_ends_where_a_sampled_one_ends(tokenizer, name, tmp_path):
+    """ChatML writes a newline after the end of the turn, which no policy samples."""
+    tokenizer = use(tokenizer, name, tmp_path)
+    row = {"messages": [user("q"), assistant("a"), user("What is 3 + 4?")]}
+    ids = answer_ids(tokenizer, row, "7")
+    assert "7" in tokenizer.decode(ids) and ids[-1] == tokenizer.eos_token_id
+    whole = render_row(tokenizer, row, "7").ids
+    start = len(whole) - len(ids) - (name == "chatml")
+    assert whole[start : start + len(ids)] == ids
 
 
 def test_chatml_has_the_bytes_of_qwen(tokenizer, tmp_path):

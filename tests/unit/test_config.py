@@ -9,7 +9,7 @@ import pytest
 
 from flows import config
 from flows.config import compose
-from flows.graph import Graph
+from flows.graph import Graph, unaccompanied
 from flows.plan import _bytes, _count, check_layout, known, predict, table
 from stages.stage import ConfigError
 from stages.store.local import LocalStore
@@ -163,6 +163,12 @@ def test_fewer_experts_and_a_part_of_the_graph():
     assert part[-1] == "sft-soup" and "rl-code" not in part and "corpus" in part
     with pytest.raises(ConfigError, match="did you mean 'polished'"):
         small.until(["polishd"])
+
+
+def test_a_stage_beside_which_others_may_run_leaves_them_cores():
+    nodes = list(graph().nodes.values())
+    assert unaccompanied(nodes) == {"corpus", "tokenizer", "tokens", "pretrained", "base", "instruct", "sft-soup", "report"}
+    assert "online" in unaccompanied(graph().until(["polished"])) and "rl-math" not in unaccompanied(graph().until(["polished"]))
 
 
 def test_instruction_following_feeds_instruct_and_polish_without_an_expert():

@@ -129,6 +129,13 @@ def test_bradley_terry_golden_values(winner, loser, fields, options, expected):
     assert value("bradley_terry", groups, **options) == pytest.approx(expected, rel=2e-6)
 
 
+def test_dpo_with_label_smoothing_weighs_both_orders_of_a_pair():
+    pairs = example("dpo", np.random.default_rng(3))
+    turned = [[s | {"chosen": 1 - s["chosen"]} for s in pair] for pair in pairs]
+    expected = 0.8 * value("dpo", pairs) + 0.2 * value("dpo", turned)
+    assert value("dpo", pairs, label_smoothing=0.2) == pytest.approx(expected, rel=1e-5) != value("dpo", pairs)
+
+
 def test_copg_gradient_is_the_leave_one_out_advantage():
     """A = (.717, -.72, .003) by hand; rescaled, the gradient on each log-probability is -A."""
     rows = ((1.0, -5.0, -5.5), (0.0, -6.0, -5.8), (0.5, -7.0, -7.1))

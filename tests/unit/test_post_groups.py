@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from stages.chat.render import render
 from stages.chat.template import END_OF_TURN
 from stages.rollout._collect import answer_ids, schedule
-from stages.stage import ConfigError, CuveeError, load, parse
-from stages.train._groups import REVISE, Grouper, Groups, epoch_slice, objective, revise
+from stages.stage import ConfigError, CuveeError, load, parse, resolve
+from stages.train._groups import REVISE, Grouper, Groups, epoch_slice, grouper_of, objective, revise
 from stages.trainer.batch import Loss, Packed
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
@@ -41,6 +41,11 @@ def text(tokenizer, sequence):
     at = int(np.argmax(sequence.mask))
     assert (sequence.mask[at:] == 1).all() and (sequence.mask[:at] == 0).all()
     return tokenizer.decode(sequence.tokens[:at]), tokenizer.decode(sequence.tokens[at:])
+
+
+def of_objective(name, tokenizer):
+    config = parse(load("train.rl").Config, {"objective": name, "sequence_length": 512}, "rl")
+    return grouper_of(config, resolve("objectives", name), tokenizer)
 
 
 def test_answer_ids_end_the_turn_and_follow_the_prompt(tokenizer):
@@ -75,6 +80,16 @@ def test_the_best_of_n_is_one_that_ended(tokenizer):
     ((other,),) = single({**ROW, "tokens": cut})
     assert text(tokenizer, other)[1] != ROW["completions"][best] + END_OF_TURN and other.tokens[-1] == tokenizer.eos_token_id
     assert single({**ROW, "tokens": [ids[:-1] for ids in ended]}) == []
+    least = Grouper(tokenizer, "single", 512, min_reward=max(ROW["rewards"]))
+    assert len(least({**ROW, "tokens": ended})) == 1 and least({**ROW, "tokens": cut}) == []
+
+
+@pytest.mark.parametrize("kind", ["pair", "completions", "revisions"])
+def test_what_was_cut_off_is_compared_and_not_imitated(tokenizer, kind):
+    cut = [tokenizer.encode(c) for c in ROW["completions"]]
+    (group,), (whole,) = (Grouper(tokenizer, kind, 512)(row) for row in ({**ROW, "tokens": cut}, ROW))
+    assert sum(s.fields["sft"] for s in group) == 0 and sum(s.fields["sft"] for s in whole) == 1
+    assert len(group) == len(whole)
 
 
 def test_pairs_are_the_widest_gaps(tokenizer):
@@ -113,7 +128,16 @@ def test_ties_make_no_pair(tokenizer, kind):
 def test_completions_within_min_gap_or_alone_make_no_group(tokenizer):
     assert len(Grouper(tokenizer, "completions", 512)({**ROW, "rewards": [1.0, 1.0, 1.0]})) == 1
     assert Grouper(tokenizer, "completions", 512, min_gap=0.1)({**ROW, "rewards": [1.0, 1.0, 1.0]}) == []
-    assert Grouper(tokenizer, "completions", 512)({**ROW, "completions": ["4"], "rewards": [1.0]}) == []
+    alone = {**ROW, "completions": ["4"], "rewards": [1.0]}
+    assert Grouper(tokenizer, "completions", 512)(alone) == []
+    for name, groups in (("kto", 1), ("copg", 0)):  # to KTO each completion counts by itself
+        assert len(of_objective(name, tokenizer)(alone)) == groups
+
+
+def test_dynamic_sampling_leaves_out_groups_of_equal_rewards(tokenizer):
+    for name, groups in (("dapo", 0), ("grpo", 1)):
+        grouper = of_objective(name, tokenizer)
+        assert len(grouper({**ROW, "rewards": [1.0, 1.0, 1.0]})) == groups and len(grouper({**ROW, "rewards": [1.0, 1.0, 0.9]})) == 1
 
 
 def test_too_long_a_group_is_left_out(tokenizer):

@@ -61,7 +61,7 @@ def test_sft_with_replay_and_best_of_n(start, pairs, prompts, tmp_path):
     run("train.sft", values, tmp_path / "b", init=start, pairs=pairs)
     engine_prompts = prompts["math"]
     assert accuracy(tmp_path / "b", engine_prompts) == 0.0, "7 is odd: never the best of a prompt"
-    with pytest.raises(CuveeError, match=r"min_reward: of 64 prompts 0"):
+    with pytest.raises(CuveeError, match="min_reward: none of 64 prompts has a completion that ended"):
         run("train.sft", {**values, "min_reward": 2.0}, tmp_path / "c", init=start, pairs=pairs)
 
 
@@ -105,6 +105,20 @@ def test_preference_prefers_what_was_rewarded(speaker, pairs, tmp_path, objectiv
     assert preferred(tmp_path / "out", pairs) > preferred(speaker.path, pairs) + 0.3
 
 
+def test_prompts_with_a_low_mean_reward_are_left_out(speaker, pairs, tmp_path):
+    rows = [json.loads(line) for line in (pairs.path / "samples.jsonl").read_text().splitlines()]
+    for row in rows[:40]:
+        row["rewards"] = [-1.0, 0.5, -1.0]
+    jsonl(tmp_path / "mixed" / "samples.jsonl", rows)
+    mixed = artifact(tmp_path / "mixed", Kind.PAIRS)
+    values = {**COMMON, "steps": 1, "batch_groups": 4, "objective": "dpo"}
+    kept = {floor: run("train.preference", values | {"min_mean_reward": floor}, tmp_path / str(floor), init=speaker, pairs=mixed)
+            ["prompts"] for floor in (None, 0.0)}  # fmt: skip
+    assert kept == {None: len(rows), 0.0: len(rows) - 40}
+    with pytest.raises(CuveeError, match="0 above min_mean_reward"):
+        run("train.preference", values | {"min_mean_reward": 2.0}, tmp_path / "none", init=speaker, pairs=mixed)
+
+
 def preferred(model: Path, pairs) -> float:
     """Mean over pairs of log p(rewarded digit) - log p(other digit), nats."""
     from stages.rollout._collect import answer_ids, render_prompt
@@ -142,6 +156,15 @@ def test_a_corrupted_weight_stops_the_run_within_one_step(speaker, prompts, tmp_
         run("train.rl", {**RL, "steps": 4}, tmp_path / "out", init=speaker, prompts=prompts)
     lines = (tmp_path / "out-scratch" / "metrics.jsonl").read_text().splitlines()
     assert max(p["step"] for p in map(json.loads, lines) if "loss" in p) == 1
+
+
+def test_completions_that_count_by_themselves_need_no_contrast(speaker, prompts, tmp_path):
+    """One of each prompt, some right and some wrong: nothing to copg, something to learn from to KTO."""
+    values = {**RL, "steps": 2, "completions": 1, "objective": "kto", "options": {}}
+    metrics = run("train.rl", values, tmp_path / "out", init=speaker, prompts=prompts)
+    assert metrics["contrast"] == 0 and metrics["grad_norm"] > 0
+    with pytest.raises(ConfigError, match="completions: 1 contrasts nothing; give at least 2"):
+        run("train.rl", values | {"objective": "copg"}, tmp_path / "copg", init=speaker, prompts=prompts)
 
 
 def test_off_policy_rollouts_are_one_block_older(speaker, prompts, tmp_path):

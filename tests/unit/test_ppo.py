@@ -1,6 +1,7 @@
 """PPO: advantages and the value loss by hand, the value network in training and refused."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from post_helpers import COMMON, RL, run
 
 from stages.model.folder import read_config
 from stages.objectives import ppo
-from stages.stage import ConfigError, Context
+from stages.stage import ConfigError, Context, CuveeError
 from stages.train._critic import Critic, Criticised
 from stages.train._groups import make_sequence
 from stages.trainer.batch import Packed
@@ -135,6 +136,25 @@ def test_values_are_those_of_the_blocks_beginning(start, tmp_path):
         assert first[at] != pytest.approx(now[at - 1], abs=1e-3), "the network has moved"
     points = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert points[0]["value/value_clipped"] == 0 and points[2]["value/value_clipped"] > 0
+
+
+def test_a_block_sampled_anew_has_values_of_its_own(start, tmp_path):
+    """By another host, say, after which the run comes back to this one."""
+    trainer, critic, config = trainers(start.path)
+    anew = [[replace(s, tokens=np.roll(s.tokens, 1)) for s in group] for group in sequences()]
+    for groups in (sequences(), anew, sequences()):
+        Criticised(Blocks(groups), critic, config, Context(tmp_path)).batch(0, trainer)
+    assert len(list((tmp_path / "rollouts").glob("block-000000-*.npz"))) == 2
+
+
+def test_a_value_network_that_learns_nothing_ends_the_run(start, tmp_path):
+    trainer, critic, config = trainers(start.path, max_skipped=2)
+    wrong = [[replace(s, fields=s.fields | {"reward": math.nan}) for s in group] for group in sequences()]
+    stream = Criticised(Blocks(wrong), critic, config, Context(tmp_path))
+    for step in range(2):
+        stream.batch(step, trainer)
+    with pytest.raises(CuveeError, match="max_skipped: the value network's loss .* 3 steps in a row, the last one 3"):
+        stream.batch(2, trainer)
 
 
 def test_the_first_steps_train_the_value_network_alone(speaker, prompts, tmp_path):

@@ -48,7 +48,7 @@ def test_aya_expanse_merges_after_arbitrage_and_each_round():
     assert found["merged"] == ["instruct", "sft-multilingual", "sft-rag", "sft-safety"]
     assert found["preferred-1"] == ["preferred-0", "preferred-1-seed-0", "preferred-1-seed-1"]
     assert "preferred-0" in found["pairs-1"] and nodes["preferred-1-seed-0"].config.objective == "dpo"
-    assert found["export"] == ["preferred-1"]
+    assert found["export"] == ["preferred-2"]
 
 
 def test_llama_averages_the_checkpoints_of_each_step():

@@ -128,7 +128,7 @@ def test_new_weights_arrive_and_a_corrupted_one_is_noticed(options, folder, loca
         broken = weights(local)
         broken["model.layers.1.mlp.up_proj.weight"] = broken["model.layers.1.mlp.up_proj.weight"].roll(1, 0)
         engine.sync_weights(broken)
-        with pytest.raises(CuveeError, match="log-probabilities differ from the trainer's"):
+        with pytest.raises(CuveeError, match="log-probabilities differ from the trainer's.*it shows no weights"):
             parity(engine, *policy)
         with pytest.raises(CuveeError, match="log-probabilities differ"):  # of a server that takes no weights
             openai.Engine(folder, context(tmp_path), options=options | {"sync": "none"})

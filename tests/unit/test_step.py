@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+import time
 from pydoc_data.topics import topics
 
 import psutil
@@ -57,12 +59,12 @@ def documents(tmp_path):
 
 def test_a_stage_is_made_once_and_then_found(maker, documents):
     lines = []
-    record = maker.make(node([documents]), 1, 0, lines.append)
+    record = maker.make(node([documents]), True, 0, lines.append)
     assert record["files"] and any("documents removed" in line for line in lines)
     assert maker.store.aliases() == {"corpus": record["fingerprint"]}
     assert not (maker.work / record["fingerprint"] / "scratch").exists()
     lines.clear()
-    assert maker.make(node([documents]), 1, 0, lines.append) == record and not lines
+    assert maker.make(node([documents]), True, 0, lines.append) == record and not lines
 
 
 class Ending:
@@ -106,20 +108,87 @@ class Elsewhere:
 def test_what_a_job_made_while_no_run_waited_is_not_made_again(maker, documents, launcher):
     maker.launcher = Elsewhere(launcher)
     with pytest.raises(KeyboardInterrupt):
-        maker.make(node([documents]), 1, 0, print)
+        maker.make(node([documents]), True, 0, print)
     maker.launcher.dies = False
-    assert maker.make(node([documents]), 1, 0, print)["files"] and maker.launcher.starts == 1
+    assert maker.make(node([documents]), True, 0, print)["files"] and maker.launcher.starts == 1
     assert not maker.launcher.result.exists()
 
 
 def test_a_stage_that_asks_to_be_started_again_is_not_one_that_keeps_dying(maker, documents, launcher):
     maker.launcher = Ending(launcher, -signal.SIGKILL, ATTEMPTS)
     with pytest.raises(CuveeError, match="ended with status -9"):
-        maker.make(node([documents]), 1, 0, lambda _: None)
+        maker.make(node([documents]), True, 0, lambda _: None)
     assert maker.launcher.starts == ATTEMPTS
     maker.launcher = Ending(launcher, AGAIN, ATTEMPTS + 2)
-    assert maker.make(node([documents]), 1, 0, lambda _: None)["files"]
+    assert maker.make(node([documents]), True, 0, lambda _: None)["files"]
     assert maker.launcher.starts == ATTEMPTS + 3
+
+
+def test_as_many_stages_run_as_were_asked_for(tmp_path):
+    """Each with its share of cores and memory, however the cores divide; one that wants all is not overtaken."""
+    maker = Maker(None, None, None, tmp_path, cores=16, slots=6)
+    running, most, threads = [], [], []
+
+    def stage(order, wanted):
+        with maker._room(wanted, order):
+            running.append(wanted)
+            most.append(sum(running))
+            time.sleep(0.01)
+            running.remove(wanted)
+
+    for order in range(20):
+        threads.append(threading.Thread(target=stage, args=(order, 6 if order == 3 else 1)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(10)
+    assert max(most) == 6 and len(most) == 20 and maker._free == 6
+
+
+def test_what_comes_first_in_the_recipe_is_waited_for_a_moment(tmp_path, monkeypatch):
+    """Prefect starts the tasks that have become ready in any order."""
+    monkeypatch.setattr("flows.step.EXPECTED_SECONDS", 1.0)
+    maker, started = Maker(None, None, None, tmp_path, cores=2, slots=2), []
+
+    def stage(order, delay):
+        time.sleep(delay)
+        with maker._room(1, order):
+            started.append(order)
+            time.sleep(0.3)
+
+    def run(orders):
+        started.clear()
+        threads = [threading.Thread(target=stage, args=(order, delay)) for order, delay in orders.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        return [*started]
+
+    assert sorted(run({5: 0.0, 6: 0.0, 1: 0.1, 2: 0.2})[:2]) == [5, 6]  # nobody said that others would come
+    maker.expect([1, 2, 5, 6])
+    found = run({5: 0.0, 6: 0.0, 1: 0.1, 2: 0.2})
+    assert found[:2] == [1, 2] and sorted(found[2:]) == [5, 6] and not maker._expected
+    maker.expect([1, 5])
+    begun = time.monotonic()
+    assert run({5: 0.0, 6: 0.0}) == [5, 6]  # one that does not come holds up nobody for long
+    assert maker._expected.keys() == {1} and time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("remote, alone, threads, share", [
+    (False, False, 2, 1 / 6), (False, True, 16, 1.0), (True, False, 16, 1.0)])  # fmt: skip
+def test_a_stage_has_its_share_of_the_machine(maker, documents, remote, alone, threads, share):
+    maker.cores, maker.slots, maker._free, specs = 16, 6, 6, []
+
+    class Reading:
+        REMOTE = remote
+
+        def launch(self, spec, log, count):
+            specs.append((json.loads(spec.read_text())["share"], count))
+            return maker_launcher.launch(spec, log, 2)
+
+    maker_launcher, maker.launcher = maker.launcher, Reading()
+    record = maker.make(node([documents]), alone, 0, print)
+    assert specs == [(share, threads)] and record["threads"] == threads and maker._free == 6
 
 
 def test_content_not_place_decides_the_address(documents, tmp_path):
@@ -135,7 +204,7 @@ def test_content_not_place_decides_the_address(documents, tmp_path):
 def test_a_refusal_is_its_sentence_and_leaves_nothing(maker, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(CuveeError, match="corpus: .*"):
-        maker.make(node([tmp_path / "short.txt"]), 1, 0, print)
+        maker.make(node([tmp_path / "short.txt"]), True, 0, print)
     assert list(maker.store.fingerprints()) == []
 
 
@@ -145,7 +214,7 @@ def test_full_disk_is_one_sentence(maker, documents, monkeypatch):
         if not small:
             pytest.skip("mounting a tmpfs needs root")
         with pytest.raises(CuveeError, match="no space left on the disk"):
-            maker.make(node([documents]), 1, 0, print)
+            maker.make(node([documents]), True, 0, print)
     assert list(maker.store.fingerprints()) == []
 
 
@@ -184,11 +253,11 @@ class Killing:
 def test_a_stage_that_keeps_dying_fails_with_its_log(maker, documents, launcher):
     lines, maker.launcher = [], Killing(launcher)
     with pytest.raises(CuveeError, match="ended with status -9; the log is"):
-        maker.make(node([documents]), 1, 0, lines.append)
+        maker.make(node([documents]), True, 0, lines.append)
     assert sum("starting again" in line for line in lines) == ATTEMPTS
     assert list(maker.store.fingerprints()) == []
     maker.launcher = launcher
-    assert maker.make(node([documents]), 1, 0, lines.append)["files"]
+    assert maker.make(node([documents]), True, 0, lines.append)["files"]
 
 
 def test_cancelling_ends_the_process_tree(maker, launcher, tmp_path):
@@ -207,7 +276,7 @@ def test_cancelling_ends_the_process_tree(maker, launcher, tmp_path):
 def test_nothing_starts_after_cancel(maker, documents):
     maker.cancel()
     with pytest.raises(Cancelled):
-        maker.make(node([documents]), 1, 0, print)
+        maker.make(node([documents]), True, 0, print)
 
 
 def test_the_worker_ends_with_its_parent(tmp_path):

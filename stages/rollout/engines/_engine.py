@@ -34,18 +34,21 @@ def parity(engine: Any, sequences: list[list[int]], logprobs: list[np.ndarray], 
     wrong = engine.differences(weights)
     if worst <= engine.threshold and not wrong:
         return worst
-    said = (
-        f"rollout engine: its log-probabilities differ from the trainer's by {worst:.3g} nats (allowed {engine.threshold:g})"
-    )
-    if not wrong:
+    far = f"its log-probabilities differ from the trainer's by {worst:.3g} nats (allowed {engine.threshold:g})"
+    if wrong:
+        group = max(wrong, key=lambda name: wrong[name])
         raise CuveeError(
-            f"{said} after sync_weights; all weights that it shows are equal, so the two forward passes disagree: check "
-            "the model configuration of either side, and the engine's precision"
+            f"rollout engine: after sync_weights the tensor group {group} differs most (by {wrong[group]:.3g}) from the "
+            f"trainer's, and {far}; the weights were corrupted on the way"
         )
-    group = max(wrong, key=lambda name: wrong[name])
+    if wrong is None:
+        raise CuveeError(
+            f"rollout engine: {far} after sync_weights; it shows no weights, so that either they were corrupted on the way, or "
+            "the two forward passes disagree: look into the server's log, then check its model configuration and precision"
+        )
     raise CuveeError(
-        f"{said} after sync_weights; the tensor group {group} differs most (by {wrong[group]:.3g}); the weights were "
-        "corrupted on the way"
+        f"rollout engine: {far} after sync_weights; all of its weights are equal, so the two forward passes disagree: check "
+        "the model configuration of either side, and the engine's precision"
     )
 
 

@@ -4,6 +4,9 @@ Prompts go as token ids, so that no second tokenizer can differ. The server must
 written as a Hugging Face folder that both see, and the server is told to read it (`sync`). A server that can't be told is
 used only while it serves what it should, which the parity probe, or a forward pass on this CPU, finds out.
 
+Every run of the tests has `cuvee serve`, one with CUVEE_VLLM (tests/unit/test_rollout_openai.py) vLLM, 0.32 when last tried;
+SGLang's part is from its documentation and was not tried.
+
 engine_options: url, model, and what else `Options` names; the key of a server is taken from the environment.
 """
 
@@ -103,9 +106,8 @@ class Engine:
                   metadata={"format": "pt"})  # fmt: skip
         self._load(self.written)
 
-    def differences(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+    def differences(self, state: dict[str, torch.Tensor]) -> None:
         """A server shows no weights."""
-        return {}
 
     def logprobs(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """Of each sequence of T tokens, float32 [T-1]: log p(token t | tokens before), t = 1..T-1, nats."""
