@@ -75,8 +75,10 @@ class Api:
             raise
 
     def list(self, kind: str, **selectors: str) -> dict[str, Any]:
-        """{"items", "metadata": {"resourceVersion"}}; selectors: labelSelector, fieldSelector."""
-        return self._json("GET", self._path(kind), selectors)
+        """{"items", the oldest first, "metadata": {"resourceVersion"}}; selectors: labelSelector, fieldSelector."""
+        listing = self._json("GET", self._path(kind), selectors)
+        listing["items"].sort(key=lambda item: item["metadata"].get("creationTimestamp", ""))
+        return listing
 
     def create(self, manifest: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
         """Raises Refused with status CONFLICT where the name is taken."""

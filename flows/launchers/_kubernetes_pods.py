@@ -32,7 +32,8 @@ class Pods:
         self.pods: dict[str, dict[str, Any]] = {}
         self.codes: dict[str, int] = {}
         self._said: dict[str, str] = {}
-        self._readers: dict[str, threading.Thread] = {}
+        self._readers: dict[str, threading.Thread] = {}  # by pod
+        self._last_readers: dict[str, threading.Thread] = {}  # by rank of the pod
         self._over = threading.Event()
         self._stuck, self._looked = Patience(settings.start_seconds), 0.0
 
@@ -51,14 +52,16 @@ class Pods:
                 self.happened.put(("line", f"pod {name}: {text}"))
         if name not in self._readers and container.keys() & {"running", "terminated"}:
             index = (pod["metadata"].get("annotations") or {}).get(INDEX, "0")
-            prefix = "" if index == "0" else f"[{index}] "
-            reader = threading.Thread(
-                target=follow_log, daemon=True,
-                args=(self.api, name, lambda: self._ended(name), lambda line: self.happened.put(("line", prefix + line)),
-                      self._over),
-            )  # fmt: skip
-            self._readers[name] = reader
+            reader = threading.Thread(target=self._read, args=(name, index, self._last_readers.get(index)), daemon=True)
+            self._readers[name] = self._last_readers[index] = reader
             reader.start()
+
+    def _read(self, name: str, index: str, before: threading.Thread | None) -> None:
+        """Pass on a pod's log; one that takes another's place is heard when that one has said all, or after a while."""
+        if before:
+            before.join(DRAIN_SECONDS / 2)
+        prefix = "" if index == "0" else f"[{index}] "
+        follow_log(self.api, name, lambda: self._ended(name), lambda line: self.happened.put(("line", prefix + line)), self._over)
 
     def _ended(self, name: str) -> bool:
         return name not in self.pods or self.pods[name].get("status", {}).get("phase") in ("Succeeded", "Failed")
