@@ -155,14 +155,14 @@ class Progress:
         due = line.startswith("step ") and time.monotonic() - self.last.get(name, 0) > self.EVERY
         if due or line.startswith("waiting: "):
             self.last[name] = time.monotonic()
-            self.show(f"          {name:<22} {line}")
+            self.show(f"          {name:<24} {line}")
 
     def done(self, name: str, record: dict[str, Any], skipped: bool) -> None:
         at = next(self.finished)
         if skipped:
             return
         metrics = "  ".join(f"{k} {v:.4g}" for k, v in list(record["metrics"].items())[:4])
-        self.show(f"[{at:>3}/{self.total}] {name:<22} {record['seconds']:6.1f} s   {metrics}")
+        self.show(f"[{at:>3}/{self.total}] {name:<24} {record['seconds']:6.1f} s   {metrics}")
 
 
 def start(overrides: list[str], until: list[str]) -> None:

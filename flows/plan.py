@@ -35,7 +35,9 @@ def why(node: Node, previous: dict[str, Any] | None) -> str:
              if not field.startswith("inputs.")]
     if names:
         return "; ".join(n if len(n) < 60 else n[:59] + "…" for n in names[:3])
-    return "input " + ", ".join(sorted({field.removeprefix("inputs.") for field, _, _ in own})) + " changed"
+    names = sorted({field.removeprefix("inputs.") for field, _, _ in own})
+    more = f" and {len(names) - 3} others" if len(names) > 4 else ""
+    return f"input {', '.join(names[:3] if more else names)}{more} changed"
 
 
 def predict(node: Node, previous: dict[str, Any] | None, flops_per_second: float) -> tuple[float, bool]:

@@ -7,7 +7,8 @@ A stage is one module, `stages/<area>/<name>.py`, called "<area>.<name>". It def
     OUTPUT: Kind        the kind of artifact it makes
     Config: dataclass   fields made with `option` or `placement`
     run(config, inputs, out, ctx) -> dict[str, float]
-                        reads `inputs`, writes only under `out`, returns its closing metrics
+                        reads `inputs`, writes only under `out`, returns its closing metrics, the most telling
+                        first: four of them are shown when it is done
 
 and may define
 

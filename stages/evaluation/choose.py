@@ -66,9 +66,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         ctx.log(f"{name}: wins {one['win'][0]:.1%} ({one['win'][1]:.1%} to {one['win'][2]:.1%}), largest fall "
                 f"{one['fall']:.3f} ({one['fallen']})")  # fmt: skip
     ctx.log(f"chosen: {chosen}")
-    return {f"chosen/{name}": float(name == chosen) for name in samples} | {
-        f"win/{name}": one["win"][0] for name, one in found.items()
-    }
+    wins = {f"win/{name}": one["win"][0] for name, one in found.items()}
+    return {f"chosen/{chosen}": 1.0} | wins | {f"chosen/{name}": 0.0 for name in samples if name != chosen}
 
 
 def compare(rows: list[dict[str, Any]], start: list[dict[str, Any]]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         objective=lambda batch: bradley_terry.loss(batch, options), out=out, ctx=ctx, init=init, tokenizer=init,
         head="reward",
     )  # fmt: skip
-    return metrics | {"pairs": pairs, **judge(judged, inputs.get("probe"), out, ctx)}
+    return judge(judged, inputs.get("probe"), out, ctx) | metrics | {"pairs": pairs}
 
 
 def cut(config: Config, prompts: int) -> Config:
@@ -270,7 +270,7 @@ def judge(pairs: list, probe: Artifact | None, model: Path, ctx: Context) -> dic
         for one in found["optimised"]:
             ctx.log(f"best of {one['n']}: KL {one['kl']:.2f} nats, proxy {one['proxy']:+.2f}, gold {one['gold']:.3f}")
     (model / "judged.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    metrics = {"heldout_pairs": found["pairs"], "heldout_accuracy": found["accuracy"], "heldout_gap": found["margin"],
-               "heldout_ece": found["ece"]}  # fmt: skip
+    metrics = {"heldout_accuracy": found["accuracy"], "heldout_gap": found["margin"], "heldout_ece": found["ece"],
+               "heldout_pairs": found["pairs"]}  # fmt: skip
     metrics |= {f"heldout_accuracy/{d}": share for d, share in found["domains"].items()}
     return metrics | {f"best_of_{one['n']}/gold": one["gold"] for one in found.get("optimised", [])}

@@ -134,7 +134,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     write_jsonl(out / "rollouts.jsonl", [{"block": i, **row} for i, rows in enumerate(blocks) for row in rows])
     (out / "samples.json").write_text(json.dumps(_table([blocks[0], blocks[-1]][: len(blocks)]), ensure_ascii=False))
     first, last = (statistics(rows, config.completions) for rows in (blocks[0], blocks[-1]))
-    metrics |= {"reward_first": first["reward"], "reward_last": last["reward"], "contrast": last["contrast"]}
+    metrics = {"reward_first": first["reward"], "reward_last": last["reward"], "contrast": last["contrast"]} | metrics
     if (ratio := metrics.get("best_ratio", metrics.get("chosen_ratio", 0.0))) < DISPLACED:
         ctx.log(
             f"warning: even the best completions are {-ratio:.1f} nats less likely than at the start, so the policy writes what "

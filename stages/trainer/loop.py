@@ -255,15 +255,15 @@ def _spike(config: TrainConfig, progress: Progress) -> float:
 
 
 def _closing(progress: Progress) -> dict[str, float]:
-    """Means over the recent steps in which a metric was finite, and the run's totals."""
-    names = sorted({name for metrics in progress.recent for name in metrics})
+    """The first loss; means over the recent steps in which a metric was finite, `loss` first; the run's totals."""
+    names = {name for metrics in progress.recent for name in metrics}
     found = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: (name != "loss", name)):
         values = [m[name] for m in progress.recent if math.isfinite(m.get(name, math.nan))]
         if values:
             found[name] = sum(values) / len(values)
     totals = {n: float(getattr(progress, n)) for n in ("tokens", "skipped", "spikes")}
-    return {**found, "loss_first": progress.first_loss, "steps": float(progress.step), **totals}
+    return {"loss_first": progress.first_loss, **found, "steps": float(progress.step), **totals}
 
 
 @contextmanager

@@ -24,5 +24,6 @@ def speaker(start, prompts, tmp_path_factory):
     metrics = run(
         "train.sft", {**COMMON, "steps": 40, "batch_groups": 16, "lr": 0.01}, folder, init=start, prompts=prompts
     )
+    assert list(metrics)[:2] == ["loss_first", "loss"]
     assert metrics["loss"] < 0.5 * metrics["loss_first"]
     return artifact(folder, Kind.CHECKPOINT)

@@ -74,6 +74,7 @@ def test_the_chosen_model_is_published_as_it_is(inputs, tmp_path):
     assert choice["prompts"] == 6 and choice["candidates"]["same"]["win"][0] == metrics["win/same"] == 0.5
     better = metrics["win/other"] > 0.5
     assert choice["chosen"] == ("other" if better else "start")
+    assert next(iter(metrics)) == f"chosen/{choice['chosen']}"
     assert {name for name, value in metrics.items() if name.startswith("chosen/") and value} == {f"chosen/{choice['chosen']}"}
     source = inputs["models"]["other"].path if better else inputs["start"].path
     assert {p.name: p.read_bytes() for p in source.iterdir()} == {

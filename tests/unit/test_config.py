@@ -10,7 +10,7 @@ import pytest
 from flows import config
 from flows.config import compose
 from flows.graph import Graph, unaccompanied
-from flows.plan import _bytes, _count, check_layout, known, predict, table
+from flows.plan import _bytes, _count, check_layout, known, predict, table, why
 from stages.stage import ConfigError
 from stages.store.local import LocalStore
 
@@ -201,6 +201,18 @@ def test_plan_takes_its_times_from_a_run_of_about_that_size():
     assert predict(node, before, 1e12) == (pytest.approx(120.0), True)
     before["estimate"]["train_tokens"] = work["train_tokens"] // 20  # too small to say anything
     assert predict(node, before, 1e12) == predict(node, None, 1e12) == (pytest.approx(flops / 1e12), False)
+
+
+@pytest.mark.parametrize("changed, told", [
+    (["corpus"], "input corpus changed"),
+    (["a", "b", "c", "d"], "input a, b, c, d changed"),
+    (["a", "b", "c", "d", "e"], "input a, b, c and 2 others changed"),
+])  # fmt: skip
+def test_plan_names_the_inputs_that_changed(changed, told):
+    node = graph("recipe.experts=[code]").nodes["instruct"]
+    inputs = node.map_inputs(lambda n: {"fingerprint": n.fingerprint})
+    before = {"stage": node.stage, "version": node.module.VERSION, "config": node.identity, "external": node.external}
+    assert why(node, before | {"inputs": inputs | {name: {"fingerprint": "0"} for name in changed}}) == told
 
 
 def test_plans_figures_have_no_exponents():

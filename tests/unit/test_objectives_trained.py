@@ -107,6 +107,7 @@ def test_online_objectives_raise_the_reward(name, changes, speaker, prompts, tmp
     options = {"dapo": {}, "mdloo": {"beta": 0.02, "gamma": 0.05}, "ppo": {"beta": 0.02, "value_steps": 4}}
     values = {**RL, "steps": 24, "objective": name, "options": options.get(name, {"beta": 0.02}), **changes}
     metrics = run("train.rl", values, tmp_path / "out", init=speaker, prompts=prompts)
+    assert list(metrics)[:2] == ["reward_first", "reward_last"]
     assert metrics["reward_first"] < 0.3 and metrics.get("kl", 0.0) >= 0
     if values.get("rollout_every", 1):
         assert metrics["reward_last"] > metrics["reward_first"] + 0.1

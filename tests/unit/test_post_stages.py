@@ -86,6 +86,7 @@ def test_reward_model_learns_the_preference_and_rewards_by_it(speaker, pairs, pr
     values = {**COMMON, "steps": 60, "batch_groups": 4, "lr": 0.01, "pairs_per_prompt": 3, "heldout": 0.2}
     metrics = run("train.reward", values, tmp_path / "reward", init=speaker, pairs=pairs)
     assert metrics["steps"] == 12, "one epoch over 50 prompts"
+    assert next(iter(metrics)) == "heldout_accuracy"  # shown when the stage is done, as the first four are
     assert metrics["heldout_accuracy"] > 0.9 and metrics["heldout_pairs"] == 42
     reward = artifact(tmp_path / "reward", Kind.REWARD_MODEL)
     values = {"prompts": 8, "completions": 2, "max_new_tokens": 6, "rewards": {"reward_model": 1.0}}
