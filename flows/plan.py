@@ -111,6 +111,7 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
     cluster, wide = graph.conf.cluster, max(24, 1 + max(len(node.name) for node in nodes))
     yield f"{'stage':<{wide}}{'address':<14}{'state':<6}{'tokens':>10}{'memory':>10}{'storage':>10}{'time':>9}  why"
     total, seconds, storage, guessed = 0, 0.0, 0.0, 0.0
+    asking: dict[str, int] = {}
     for node, (made, previous) in zip(nodes, known(store, nodes), strict=True):
         doing, reason = ("done", "") if made else ("run", why(node, previous))
         estimate = node.estimate
@@ -121,6 +122,7 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
         guessed += 0.0 if measured else took
         if not made:
             total, seconds, storage = total + 1, seconds + took, storage + keeps
+            asking |= {node.name: estimate.requests} if estimate.requests else {}
         yield (f"{node.name:<{wide}}{node.fingerprint[:12]:<14}{doing:<6}{_count(tokens):>10}{_bytes(memory):>10}"
                f"{_bytes(keeps):>10}{'' if made else _time(took) if took else '-':>9}  {reason}")
     if not total:
@@ -132,6 +134,9 @@ def table(store: Any, graph: Graph, nodes: list[Node]) -> Iterator[str]:
     yield ""
     yield (f"{total} of {len(nodes)} stages will run; {time} on cluster={cluster.name}, "
            f"{_bytes(storage)} of storage{cost}")
+    if asking:
+        yield ("teachers are asked, in requests at most: " + ", ".join(f"{name} {count:,}" for name, count in asking.items())
+               + "; what they charge comes on top (a budget limits it)")
     if guessed:
         yield (f"{_time(guessed)} of it from cluster.flops_per_second, not from a run: with full sequences in post-training, "
                "without starts and loading")

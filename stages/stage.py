@@ -74,11 +74,13 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The work of one stage: parameters of the model it leaves, tokens it trains on, tokens it generates."""
+    """The work of one stage: parameters of the model it leaves, tokens it trains on, tokens it generates, and at most so
+    many requests to teachers."""
 
     parameters: int = 0
     train_tokens: int = 0
     generated_tokens: int = 0
+    requests: int = 0
 
 
 class CuveeError(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.data import corpus
-from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, identity, option, placement
+from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, identity, option, placement
 from stages.teacher.client import Request, Teacher, client_of, teachers, totals
 from stages.teacher.judge import FIXED, POINTS
 
@@ -47,6 +47,10 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
 def external(config: Config) -> dict[str, Any]:
     """What of the teacher decides its answers: the model and how it is sampled."""
     return {"teacher": identity(_teacher(config)["judge"])}
+
+
+def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
+    return Estimate(requests=config.documents)
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) -> dict[str, float]:

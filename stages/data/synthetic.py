@@ -19,6 +19,7 @@ from stages.stage import (
     ConfigError,
     Context,
     CuveeError,
+    Estimate,
     Input,
     Kind,
     identity,
@@ -90,6 +91,12 @@ def external(config: Config) -> dict[str, Any]:
     return {"teachers": {name: identity(teacher) for name, teacher in _teachers(config).items()}}
 
 
+def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
+    """As if every prompt were of the domain that asks the most teachers, and the judge graded every answer."""
+    answers = config.completions * max(len(_pool(config, domain)) for domain in inputs["prompts"])
+    return Estimate(requests=config.prompts * answers * (2 if config.judge else 1))
+
+
 def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) -> dict[str, float]:
     """Writes train.jsonl (id, messages with the best answer, its teacher), candidates.jsonl (every answer with its teacher,
     finish and reward, a prompt a line) and usage.json. Raises CuveeError for a dry run, with its counts, and when no answer
@@ -138,13 +145,15 @@ def _teachers(config: Config) -> dict[str, Teacher]:
     return teachers(config.teachers, "teachers")
 
 
+def _pool(config: Config, domain: str) -> list[str]:
+    others = [name for name in config.teachers if name != config.judge or len(config.teachers) == 1]
+    return config.pools.get(domain) or others
+
+
 def _requests(config: Config, row: dict[str, Any]) -> list[Request]:
-    pool = config.pools.get(row["domain"]) or [
-        name for name in config.teachers if name != config.judge or len(config.teachers) == 1
-    ]
     own = {name: row[name] for name in ("documents", "safety_mode") if name in row}  # as `cuvee serve` takes them
     return [Request(name, row["messages"], seed=config.seed * 1000 + i, tools=row.get("tools"), options=own)
-            for name in pool for i in range(config.completions)]  # fmt: skip
+            for name in _pool(config, row["domain"]) for i in range(config.completions)]  # fmt: skip
 
 
 def _candidate(row: dict[str, Any], answers: list[tuple[str, Any]]) -> dict[str, Any]:

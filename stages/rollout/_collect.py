@@ -58,6 +58,10 @@ class SampleConfig(EngineConfig):
         configuration that names other rewards: that is why the verifier is implied, not the default."""
         return {name: weight for name, weight in sorted((self.rewards or {"verifier": 1.0}).items()) if weight}
 
+    def requests(self, prompts: int) -> int:
+        """What the judges are asked of so many prompts."""
+        return prompts * (self.completions + self.with_answer) * len(self.judges)
+
     def graders(self) -> dict[str, Any]:
         """What of the judges decides their grades: the model and how it is sampled, not where it runs. For the address."""
         found = {name: identity(teacher) for name, teacher in teachers(self.judges, "judges").items()}

@@ -45,7 +45,8 @@ def external(config: Config) -> dict[str, Any]:
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
     generated = config.prompts * config.completions * config.max_new_tokens
-    return Estimate(parameters=inputs["policy"].parameters, generated_tokens=generated)
+    requests = config.requests(config.prompts)
+    return Estimate(parameters=inputs["policy"].parameters, generated_tokens=generated, requests=requests)
 
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:

@@ -7,7 +7,19 @@ from typing import Any
 
 from stages.evaluation.stats import wilson
 from stages.rollout._collect import read_jsonl
-from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, identity, option, placement, unknown
+from stages.stage import (
+    Artifact,
+    ConfigError,
+    Context,
+    CuveeError,
+    Estimate,
+    Input,
+    Kind,
+    identity,
+    option,
+    placement,
+    unknown,
+)
 from stages.teacher.client import Teacher, client_of, teachers
 from stages.teacher.judge import compare, comparisons
 
@@ -43,6 +55,11 @@ def external(config: Config) -> dict[str, Any]:
     """What of the judge decides its answers."""
     name, found = _judge(config)
     return {"judge": identity(found[name])} if name in found else {}
+
+
+def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
+    """As if a domain had 500 held-out prompts where all are taken."""
+    return Estimate(requests=2 * len(inputs["models"]) * len(inputs["prompts"]) * (config.prompts_per_domain or 500))
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) -> dict[str, float]:

@@ -93,10 +93,12 @@ def external(config: Config) -> dict[str, Any]:
 
 def estimate(config: Config, inputs: dict[str, Any]) -> Estimate:
     blocks = config.block(config.steps - 1)[0] + 1
-    generated = blocks * config.prompts_of_block() * config.completions * config.max_new_tokens
+    prompts = blocks * config.prompts_of_block()
+    generated = prompts * config.completions * config.max_new_tokens
     trained = config.steps * config.batch_groups * (config.completions + config.with_answer) * config.sequence_length
     trained *= 1 + needs_values(config.resolve(*KINDS)[0])
-    return Estimate(parameters=inputs["init"].parameters, train_tokens=trained, generated_tokens=generated)
+    return Estimate(parameters=inputs["init"].parameters, train_tokens=trained, generated_tokens=generated,
+                    requests=config.requests(prompts))  # fmt: skip
 
 
 def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict[str, float]:

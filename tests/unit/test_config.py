@@ -193,6 +193,15 @@ def test_plan_says_what_runs_and_refuses_what_cannot_fit(tmp_path):
         list(table(store, large, list(large.nodes.values())))
 
 
+def test_plan_counts_what_teachers_are_asked(tmp_path):
+    judge = "{own: {model: m, url: http://127.0.0.1:1/v1}}"
+    asking = graph("recipe.experts=[code]", f"polish.online.judges={judge}", "polish.online.rewards={verifier: 1.0, own: 0.5}",
+                   "polish.online.steps=10", "polish.online.batch_groups=8", "polish.online.completions=2")  # fmt: skip
+    lines = list(table(LocalStore(tmp_path), asking, list(asking.nodes.values())))
+    assert lines[-2].startswith("teachers are asked, in requests at most: online 160; ")
+    assert not any(node.estimate.requests for node in graph().nodes.values())
+
+
 def test_plan_takes_its_times_from_a_run_of_about_that_size():
     node = graph("recipe.experts=[code]").nodes["instruct"]
     work = vars(node.estimate)

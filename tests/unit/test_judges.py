@@ -8,7 +8,7 @@ from post_helpers import COMMON, RL, artifact, run
 
 from stages.chat.render import response
 from stages.rollout import sample
-from stages.stage import ConfigError, CuveeError, Kind, parse
+from stages.stage import ConfigError, CuveeError, Estimate, Kind, parse
 from tests.unit.test_teacher import URL, answer
 
 JUDGES = {"strict": {"model": "strict", "url": URL, "output_price": 1.0}, "kind": {"model": "kind", "url": URL}}
@@ -42,6 +42,8 @@ def test_judges_reward_what_is_sampled(speaker, prompts, tmp_path, asked):
         expected = [0.2 if len(response(text)) % 2 else 1.0 for text in row["completions"]]
         assert row["parts"] == {"strict": expected, "kind": [0.8] * 3}
         assert row["rewards"] == pytest.approx([value + 0.4 for value in expected])
+    most = sample.estimate(parse(sample.Config, VALUES, "samples"), {"policy": Estimate()}).requests
+    assert 0 < len(asked) <= most == 12 * 3 * 2  # of two like completions one is asked about
     sent = [body["model"] for body in asked].count("strict")
     assert metrics["requests/strict"] == sent and metrics["cost/strict"] == pytest.approx(sent * 5 / 1e6) and metrics["cost/kind"] == 0
     assert 0.2 <= metrics["reward/strict"] <= 1 and metrics["reward/kind"] == pytest.approx(0.8)

@@ -53,7 +53,9 @@ def make(tmp_path, name="out", prompts=PROMPTS, **values):
     synthetic.check(config, inputs)
     out = tmp_path / name
     out.mkdir()
-    return synthetic.run(config, inputs, out, context(tmp_path / f"{name}-scratch")), out
+    metrics = synthetic.run(config, inputs, out, context(tmp_path / f"{name}-scratch"))
+    assert 0 < metrics["requests"] + metrics["cached"] <= synthetic.estimate(config, inputs).requests
+    return metrics, out
 
 
 def test_the_best_answer_of_a_pool_is_kept(tmp_path, pool):
@@ -91,6 +93,7 @@ def test_win_rates_of_a_judge_are_an_artifact(tmp_path, pool):
     values = {"teachers": {"j": {"model": "chooser", "url": URL, "output_price": 1.0}}}
     config = parse(compare.Config, values, "judged")
     compare.check(config, inputs)
+    assert compare.estimate(parse(compare.Config, {**values, "prompts_per_domain": 6}, "judged"), inputs).requests == 24
     out = tmp_path / "out"
     out.mkdir()
     metrics = compare.run(config, inputs, out, context(tmp_path / "scratch"))
