@@ -28,13 +28,14 @@ def test_of_rivals_for_a_lease_one_holds_it(uri, endpoint, tmp_path, fault):
         store = S3Store(uri, tmp_path / str(at), proxy.endpoint)
         right = store.lease("f" * 32)
         right.POLL_SECONDS = 0.05
-        with right:
-            with order:
-                holding.append(at)
-                most.append(len(holding))
-            threading.Event().wait(0.1)
-            with order:
-                holding.remove(at)
+        assert right.wait(threading.Event())
+        with order:
+            holding.append(at)
+            most.append(len(holding))
+        threading.Event().wait(0.1)
+        with order:
+            holding.remove(at)
+        right.release()  # not done: once the artifact is there, its removal may let in a second one, who finds that
 
     with Proxy(endpoint, every_second(fault, "PUT")) as proxy:
         with ThreadPoolExecutor(4) as pool:
