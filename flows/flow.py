@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import open_launcher, open_store, shared_dir, shown
 from flows.config import choices, compose, default, split
-from flows.graph import Graph, Node, unaccompanied
+from flows.graph import Frontier, Graph, Node, unaccompanied
 from flows.plan import table
 from flows.pushgateway import pushing
 from flows.reconcile import registered
@@ -66,15 +66,7 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
     apart = unaccompanied(nodes)
     order = {node.name: at for at, node in enumerate(nodes)}
     progress = Progress(len(nodes), show or logger.info)
-    parents = {node.name: {parent.name for parent in node.parents} for node in nodes}
-    made: set[str] = set()
-    turn = threading.Lock()
-
-    def followers(name: str) -> list[int]:
-        """The orders of the stages for which nothing was missing any more but this one."""
-        with turn:
-            made.add(name)
-            return [order[other] for other, needs in parents.items() if name in needs and needs <= made]
+    frontier = Frontier(nodes)
 
     def make(name: str) -> None:
         node = graph.nodes[name]
@@ -90,7 +82,7 @@ def run_graph(graph: Graph, nodes: list[Node], flow_run: str, show: Callable[[st
         if not done_before:
             progress.start(name)
         record = maker.make(node, alone, order[name], on_line)
-        maker.expect(followers(name))
+        maker.expect([order[other] for other in frontier.after(name)])
         progress.done(name, record, skipped=done_before)
 
     futures, done = {}, False

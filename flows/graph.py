@@ -7,6 +7,7 @@ and neither torch nor Prefect is imported, so the same function serves plan, run
 from __future__ import annotations
 
 import importlib
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,6 +122,21 @@ class Graph:
                 needed.add(node)
                 wanted += node.parents
         return [node for node in self.nodes.values() if node in needed]
+
+
+class Frontier:
+    """What can be made as soon as something else is. Of any thread."""
+
+    def __init__(self, nodes: list[Node]):
+        self._parents = {node.name: {parent.name for parent in node.parents} for node in nodes}
+        self._made: set[str] = set()
+        self._turn = threading.Lock()
+
+    def after(self, name: str) -> list[str]:
+        """The stages for which nothing was missing any more but this one, which is made now."""
+        with self._turn:
+            self._made.add(name)
+            return [other for other, needs in self._parents.items() if name in needs and needs <= self._made]
 
 
 def unaccompanied(nodes: list[Node]) -> set[str]:

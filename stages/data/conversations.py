@@ -1,6 +1,5 @@
 """A user's own conversations for SFT: JSONL or Parquet, each checked and rendered; what is refused is told by line."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from typing import Any
 
 from stages.chat.messages import Refused, conversation
 from stages.chat.render import MaskError, preview, render_row
-from stages.data.lines import SOURCES, Refusals, entries, records
-from stages.stage import Artifact, ConfigError, Context, CuveeError, Input, Kind, option, placement
+from stages.data.lines import LinesConfig, Refusals, entries, records
+from stages.stage import Artifact, Context, CuveeError, Input, Kind
 
 VERSION = "2"
 INPUTS = {"tokenizer": Input(Kind.TOKENIZER)}
@@ -19,21 +18,16 @@ STAGE = "data.conversations"
 
 
 @dataclass
-class Config:
-    sources: list[str] = placement([], SOURCES)
-    max_rejected: float = option(0.5, "largest share of refused lines; with more, the files are taken for wrong ones")
+class Config(LinesConfig):
+    pass
 
 
 def check(config: Config, inputs: dict[str, Any]) -> None:
-    if not config.sources:
-        raise ConfigError("sources: is empty; name a JSONL or Parquet file of conversations")
-    if not 0 <= config.max_rejected <= 1:
-        raise ConfigError(f"max_rejected: {config.max_rejected} is no share; give 0 to 1")
+    config.check("conversations")
 
 
 def external(config: Config) -> dict[str, Any]:
-    """Name and digest of each file, in order. Raises CuveeError for a source without any."""
-    return {"files": [[entry.name, entry.digest()] for entry in entries(config.sources, STAGE)]}
+    return config.external(STAGE)
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Path, ctx: Context) -> dict[str, float]:
@@ -66,8 +60,7 @@ class Report:
     """Counts what is kept and what is refused, and why."""
 
     def __init__(self) -> None:
-        self.seen: set[bytes] = set()
-        self.refusals = Refusals(STAGE)
+        self.refusals = Refusals(STAGE, "conversation")
         self.lengths: list[int] = []
         self.trained = 0
 
@@ -77,12 +70,7 @@ class Report:
             if isinstance(record, Refused):
                 raise record
             row = conversation(record)
-            try:
-                digest = hashlib.sha256(json.dumps(row, ensure_ascii=False, sort_keys=True).encode()).digest()
-            except UnicodeEncodeError as error:
-                raise Refused("lone surrogate in the text", error.object) from None
-            if digest in self.seen:
-                raise Refused("the same conversation stands on an earlier line")
+            digest = self.refusals.new(row)
             try:
                 rendered = render_row(tokenizer, row)
             except MaskError as error:
@@ -91,7 +79,7 @@ class Report:
                 raise Refused("the chat template refuses it", str(error)) from None
         except Refused as refused:
             return self.refusals.add(name, number, refused)
-        self.seen.add(digest)
+        self.refusals.seen.add(digest)
         self.lengths.append(len(rendered.ids))
         self.trained += sum(rendered.mask)
         return {"id": f"{name}:{number}", **row}

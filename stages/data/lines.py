@@ -7,6 +7,8 @@ import lzma
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,37 @@ from stages.data.formats import parquet
 from stages.data.source import writable
 from stages.data.sources import _files, _s3
 from stages.data.sources._files import COMPRESSED, unreadable
-from stages.stage import CuveeError
+from stages.stage import ConfigError, CuveeError, option, placement
 
 KINDS = (".jsonl", ".ndjson", ".parquet")
-SOURCES = "JSONL and Parquet files (also gz, bz2, xz, zst), folders of them, s3:// prefixes"
 EXAMPLES = 3  # of each reason in report.json
 EXCERPT = 200  # characters of what was found
 LONGEST = 32 << 20  # bytes of a line
 
 
-class Refusals:
-    """Counts what is refused, and why; `stage` is named in errors."""
+@dataclass
+class LinesConfig:
+    sources: list[str] = placement([], "JSONL and Parquet files (also gz, bz2, xz, zst), folders of them, s3:// prefixes")
+    max_rejected: float = option(0.5, "largest share of refused lines; with more, the files are taken for wrong ones")
 
-    def __init__(self, stage: str):
-        self.stage = stage
+    def check(self, lines: str) -> None:
+        """Raises ConfigError without sources, and for no share. lines: what the sources should hold."""
+        if not self.sources:
+            raise ConfigError(f"sources: is empty; name a JSONL or Parquet file of {lines}")
+        if not 0 <= self.max_rejected <= 1:
+            raise ConfigError(f"max_rejected: {self.max_rejected} is no share; give 0 to 1")
+
+    def external(self, stage: str) -> dict[str, Any]:
+        """Name and digest of each file, in order. Raises CuveeError for a source without any."""
+        return {"files": [[entry.name, entry.digest()] for entry in entries(self.sources, stage)]}
+
+
+class Refusals:
+    """Counts what is refused, and why. `stage` and `what` a line holds are named in errors. seen: digests of what is kept."""
+
+    def __init__(self, stage: str, what: str):
+        self.stage, self.what = stage, what
+        self.seen: set[bytes] = set()
         self.reasons: Counter[str] = Counter()
         self.first: dict[str, list[dict[str, Any]]] = {}
 
@@ -40,6 +59,16 @@ class Refusals:
         if len(examples) < EXAMPLES:
             examples.append({key: told[key] for key in ("file", "line", "found")})
         return told
+
+    def new(self, row: dict[str, Any]) -> bytes:
+        """The digest of a row, for `seen`. Raises Refused for a row that can't be written, or is kept already."""
+        try:
+            digest = sha256(json.dumps(row, ensure_ascii=False, sort_keys=True).encode()).digest()
+        except UnicodeEncodeError as error:
+            raise Refused("lone surrogate in the text", error.object) from None
+        if digest in self.seen:
+            raise Refused(f"the same {self.what} stands on an earlier line")
+        return digest
 
     def told(self) -> dict[str, Any]:
         """Reason -> how often, and the first ones; the most frequent first."""
@@ -63,9 +92,7 @@ def entries(sources: list[str], stage: str) -> list[Any]:
     for source in sources:
         far = source.startswith("s3://")
         if not far and not Path(source).expanduser().exists():
-            raise CuveeError(
-                f"{stage}.sources: {source} does not exist; name a JSONL or Parquet file, or a folder"
-            )
+            raise CuveeError(f"{stage}.sources: {source} does not exist; name a JSONL or Parquet file, or a folder")
         files = [entry for entry in (_s3 if far else _files).entries(source) if entry.kind in KINDS]
         if not files:
             raise CuveeError(f"{stage}.sources: {source} holds no file of {', '.join(KINDS)}")
@@ -90,9 +117,7 @@ def records(entry: Any, stage: str) -> Iterator[tuple[int, Any]]:
             while line := file.readline(LONGEST):
                 number += 1
                 if len(line) == LONGEST:
-                    raise CuveeError(
-                        f"{stage}: {entry.name}:{number} is longer than {LONGEST} bytes; split it"
-                    )
+                    raise CuveeError(f"{stage}: {entry.name}:{number} is longer than {LONGEST} bytes; split it")
                 if line.strip():
                     yield number, _parsed(line)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:

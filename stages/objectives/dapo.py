@@ -6,7 +6,8 @@ With rho_t = pi(y_t)/pi_old(y_t) of the sampling policy and A_i = (r_i - mean r)
 
 The range is wider above, so that unlikely tokens can rise; the mean is over all tokens of the batch, so that a long
 completion weighs by its tokens; no pull to a reference. Dynamic sampling is the stream's: groups of equal rewards have
-no advantage and are left out (DYNAMIC_SAMPLING; where the paper samples others in their place, the step is smaller). Soft overlong punishment is the reward `overlong`.
+no advantage and are left out (DYNAMIC_SAMPLING; where the paper samples others in their place, the step is smaller).
+Soft overlong punishment is the reward `overlong`.
 A group is the completions of one prompt; field `reward` is r. Sequences without target tokens do not count.
 """
 

@@ -58,6 +58,10 @@ class SampleConfig(EngineConfig):
         configuration that names other rewards: that is why the verifier is implied, not the default."""
         return {name: weight for name, weight in sorted((self.rewards or {"verifier": 1.0}).items()) if weight}
 
+    def verified_by(self) -> list[str]:
+        """Those of the rewards that are files of stages/rewards, not judges."""
+        return [name for name in self.reward_weights() if name not in self.judges]
+
     def requests(self, prompts: int) -> int:
         """What the judges are asked of so many prompts."""
         return prompts * (self.completions + self.with_answer) * len(self.judges)
@@ -114,6 +118,11 @@ def check_mix(mix: dict[str, float], inputs: dict[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:  # not splitlines(): a text may hold other line ends, such as U+2028
         return [json.loads(line) for line in file]
+
+
+def read_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the inputs `pairs` and, where it is given, `own`."""
+    return [row for name in ("pairs", "own") if name in inputs for row in read_jsonl(inputs[name].path / "samples.jsonl")]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -188,8 +197,7 @@ class Sampler:
         self.seconds = {"generating": 0.0, "rewarding": 0.0}
         self.rewards = {
             name: resolve("rewards", name).Reward(ctx, reward_model if name == "reward_model" else None)
-            for name in config.reward_weights()
-            if name not in config.judges
+            for name in config.verified_by()
         }
         for name, teacher in teachers(config.judges, "judges").items():
             self.rewards[name] = Grader(name, teacher, config.judges_budget, ctx)
@@ -236,7 +244,6 @@ class Sampler:
         self.seconds["generating"] += generated - began
         self.seconds["rewarding"] += time.monotonic() - generated
         return rows
-
 
     def spent(self) -> dict[str, float]:
         """What each judge was asked, and for how much."""

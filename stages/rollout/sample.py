@@ -66,7 +66,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     if not fits:
         raise CuveeError(f"sequence_length: no prompt is within {longest} tokens (sequence_length - max_new_tokens); "
                          f"raise sequence_length")  # fmt: skip
-    refuse_idle([name for name in config.reward_weights() if name not in config.judges], fits)
+    refuse_idle(config.verified_by(), fits)
     rows = sampler(fits, config.seed)
     seconds = max(sampler.seconds["generating"], 1e-9)
     write_jsonl(out / "samples.jsonl", rows)

@@ -65,13 +65,17 @@ def needs_values(module: Any) -> bool:
     return getattr(module, "NEEDS_VALUES", False)
 
 
+def fewest(module: Any) -> int:
+    """How many completions of a prompt teach the objective something: one where each counts by itself (KTO)."""
+    return 1 if module.COUNT == "sequences" else 2
+
+
 def grouper_of(config: ObjectiveConfig, module: Any, tokenizer: Any, **limits: Any) -> "Grouper":
-    """The Grouper of the objective `module`: a single completion is enough where each counts by itself, and with dynamic
-    sampling completions rewarded alike make no group."""
+    """The Grouper of the objective `module`: with dynamic sampling completions rewarded alike make no group."""
     least = max(config.min_gap, SMALLEST_GAP) if getattr(module, "DYNAMIC_SAMPLING", False) else config.min_gap
     return Grouper(
         tokenizer, module.GROUP, config.sequence_length, min_gap=least, mask_special=config.mask_special,
-        fewest=1 if module.COUNT == "sequences" else 2, **limits,
+        fewest=fewest(module), **limits,
     )  # fmt: skip
 
 
@@ -131,8 +135,7 @@ class Grouper:
     soft_label s > 0 labels a pair p = sigmoid(s * gap) instead of 1; margin m asks for a score gap of m * gap.
     behaviour: `completions` carry the log-probabilities of their sampling; CuveeError for a row without. mask_special:
     special tokens are no targets: in both of a pair they would be raised and lowered (Llama 3, arXiv 2407.21783, 4.1.4).
-    fewest: completions of a prompt that make a group; where each counts by itself (KTO) one is enough. What was cut off is
-    never imitated, for it would teach not to stop.
+    fewest: completions of a prompt that make a group. What was cut off is never imitated, for it would teach not to stop.
     """
 
     def __init__(

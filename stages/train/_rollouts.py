@@ -42,7 +42,7 @@ class Rollouts:
         self.engines = resolve("rollout/engines", config.engine)
         self.tokenizer = AutoTokenizer.from_pretrained(self.init)
         self.prompts = self._fitting(load_prompts(inputs["prompts"], config.mix))
-        refuse_idle([name for name in config.reward_weights() if name not in config.judges], [p for rows in self.prompts.values() for p in rows])
+        refuse_idle(config.verified_by(), [p for rows in self.prompts.values() for p in rows])
         draws = len(self.files()) * config.prompts_of_block()
         self.drawn = schedule({d: len(rows) for d, rows in self.prompts.items()}, config.mix, draws, config.seed)
         behaviour = module.NEEDS_BEHAVIOUR or (config.temperature == 1 and not config.with_answer)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.rollout._collect import read_jsonl
+from stages.rollout._collect import read_pairs
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.train._groups import ObjectiveConfig, needs_values
 from stages.trainer.config import TrainConfig
@@ -59,7 +59,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
 
     init: Path = inputs["init"].path
     module, _ = config.resolve(*KINDS)
-    rows = [row for name in ("pairs", "own") if name in inputs for row in read_jsonl(inputs[name].path / "samples.jsonl")]
+    rows = read_pairs(inputs)
     floor = config.min_mean_reward
     good = [r for r in rows if r["rewards"] and (floor is None or sum(r["rewards"]) / len(r["rewards"]) >= floor)]
     grouper = grouper_of(

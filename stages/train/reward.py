@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.rollout._collect import read_jsonl
+from stages.rollout._collect import read_jsonl, read_pairs
 from stages.stage import Artifact, ConfigError, Context, CuveeError, Estimate, Input, Kind, option
 from stages.trainer.config import TrainConfig
 
@@ -96,7 +96,7 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
     from stages.trainer.loop import train
 
     init: Path = (inputs.get("init") or inputs["start"]).path
-    rows = [row for name in ("pairs", "own") if name in inputs for row in read_jsonl(inputs[name].path / "samples.jsonl")]
+    rows = read_pairs(inputs)
     if config.elo:
         rows = [row for row in map(_by_elo, rows) if row]
     kept, held_out = split(rows, config.heldout)

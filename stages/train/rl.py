@@ -12,7 +12,7 @@ from typing import Any
 from stages.chat.messages import said
 from stages.rollout._collect import SampleConfig, read_jsonl, statistics, write_jsonl
 from stages.stage import ConfigError, Context, CuveeError, Estimate, Input, Kind, option
-from stages.train._groups import ObjectiveConfig, needs_values
+from stages.train._groups import ObjectiveConfig, fewest, needs_values
 from stages.trainer.config import TrainConfig
 
 VERSION = "8"
@@ -75,9 +75,8 @@ def check(config: Config, inputs: dict[str, Any]) -> None:
         raise ConfigError(
             "off_policy: true, but with rollout_every 0 all rollouts are sampled at the start; give rollout_every 1 or more"
         )
-    fewest = 1 if module.COUNT == "sequences" else 2
-    if config.completions < 1 or config.completions + config.with_answer < fewest:
-        raise ConfigError(f"completions: {config.completions} contrasts nothing; give at least {fewest}")
+    if config.completions < 1 or config.completions + config.with_answer < fewest(module):
+        raise ConfigError(f"completions: {config.completions} contrasts nothing; give at least {fewest(module)}")
     if config.temperature == 0 and not config.with_answer:
         raise ConfigError("temperature: 0 samples the same completion each time, which contrasts nothing; give 1")
     if needs_values(module) and config.context_parallel > 1:
@@ -126,8 +125,8 @@ def run(config: Config, inputs: dict[str, Any], out: Path, ctx: Context) -> dict
         reference=init if module.NEEDS_REFERENCE else None, critic=critic,
     )  # fmt: skip
     blocks = [read_jsonl(path) for path in stream.files()]
-    by_itself = module.COUNT == "sequences"  # each completion, whatever the others are rewarded
-    if not any((by_itself or len(set(row["rewards"])) > 1) and stream.grouper(row) for rows in blocks for row in rows):
+    alike_too = fewest(module) == 1  # completions rewarded alike teach something too
+    if not any((alike_too or len(set(row["rewards"])) > 1) and stream.grouper(row) for rows in blocks for row in rows):
         raise CuveeError(
             f"rewards: no prompt of any rollout has completions that differ by more than min_gap {config.min_gap} (or they "
             f"exceed sequence_length {config.sequence_length}), so nothing was learned; sample more completions, or set "

@@ -35,12 +35,33 @@ def test_of_rivals_for_a_lease_one_holds_it(uri, endpoint, tmp_path, fault):
         threading.Event().wait(0.1)
         with order:
             holding.remove(at)
-        right.release()  # not done: once the artifact is there, its removal may let in a second one, who finds that
+        right.release()
 
     with Proxy(endpoint, every_second(fault, "PUT")) as proxy:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(hold, range(4)))
     assert most == [1] * 4
+
+
+@pytest.mark.parametrize("fault", ["", LOST_ANSWER, ERROR])
+def test_of_rivals_for_an_artifact_one_makes_it(uri, endpoint, tmp_path, fault):
+    """Given up as done, the lease is removed, which may let in two at once: both find the artifact."""
+    made, found = [], []
+
+    def make(at):
+        store = S3Store(uri, tmp_path / str(at), proxy.endpoint)
+        right = store.lease("f" * 32)
+        right.POLL_SECONDS = 0.01
+        with right:
+            if made:
+                return found.append(at)
+            threading.Event().wait(0.1)
+            made.append(at)
+
+    with Proxy(endpoint, every_second(fault, "PUT")) as proxy:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(make, range(4)))
+    assert len(made) == 1 and len(found) == 3
 
 
 def test_a_silent_holder_is_replaced_by_one_of_two_and_learns_of_it(store, monkeypatch):

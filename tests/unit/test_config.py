@@ -9,7 +9,7 @@ import pytest
 
 from flows import config
 from flows.config import compose
-from flows.graph import Graph, unaccompanied
+from flows.graph import Frontier, Graph, unaccompanied
 from flows.plan import _bytes, _count, check_layout, known, predict, table, why
 from stages.stage import ConfigError
 from stages.store.local import LocalStore
@@ -169,6 +169,13 @@ def test_a_stage_beside_which_others_may_run_leaves_them_cores():
     nodes = list(graph().nodes.values())
     assert unaccompanied(nodes) == {"corpus", "tokenizer", "tokens", "pretrained", "base", "instruct", "sft-soup", "report"}
     assert "online" in unaccompanied(graph().until(["polished"])) and "rl-math" not in unaccompanied(graph().until(["polished"]))
+
+
+def test_a_stage_is_next_once_all_that_it_needs_is_made():
+    frontier = Frontier(list(graph("recipe.experts=[code,math]").nodes.values()))
+    assert frontier.after("corpus") == ["prompts-code", "prompts-math"]
+    assert frontier.after("prompts-code") == [] and frontier.after("prompts-math") == ["tokenizer"]
+    assert frontier.after("tokenizer") == ["tokens"] and frontier.after("tokens") == ["pretrained"]
 
 
 def test_instruction_following_feeds_instruct_and_polish_without_an_expert():
